@@ -1,0 +1,282 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The log-weight increments of one step, site by site.
+
+A latent site contributes the log-ratio of model kernel and proposal; an observation or a factor of
+the model its log-probability; a factor or an auxiliary site of the guide minus its own. A latent
+site that the guide does not propose is drawn from the model and contributes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_twist.twists.tilting import log_ratio
+
+__all__ = [
+    "Increment",
+    "LogProbReducer",
+    "effect_increments",
+    "explicit_increments",
+    "sample_sites",
+]
+
+Site = Any
+
+
+@dataclass(frozen=True)
+class Increment:
+    """
+    A contribution to the log-weights.
+
+    :param str name: The site it comes from.
+    :param torch.Tensor value: Its log-probability, of the batch shape of the site.
+    :param tuple plates: The plates the site is in.
+    """
+
+    name: str
+    value: torch.Tensor
+    plates: tuple[Any, ...] = ()
+
+
+def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
+    """The sample sites of a trace by name, those of plates left out."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            yield name, site
+
+
+def _increment(name: str, site: Site, value: torch.Tensor) -> Increment:
+    return Increment(name, value, tuple(site["cond_indep_stack"]))
+
+
+def _log_prob(site: Site) -> torch.Tensor:
+    value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(value, site["scale"], site["mask"])
+
+
+def _is_plain(site: Site) -> bool:
+    scale = site["scale"]
+    return site["mask"] is None and not isinstance(scale, torch.Tensor) and scale == 1.0
+
+
+def _is_deterministic(site: Site) -> bool:
+    return bool(site["infer"].get("_deterministic", False))
+
+
+def effect_increments(
+    run: Callable[..., Any],
+    guide: GuideMessenger | None,
+    plate: Any,
+    state: Any,
+    args: Any,
+    kwargs: Any,
+) -> tuple[poutine.Trace, list[Increment]]:
+    """
+    Runs the model once, its sites redirected by an effect-based guide, if there is one.
+
+    :param callable run: The ``init`` or ``step`` of the model.
+    :param GuideMessenger guide: The guide, or ``None`` for the model's own kernels.
+    :param plate: The particle plate.
+    :param state: The state, first argument of ``run``.
+    :returns: The trace, and the increments of all sites that have one.
+    :rtype: tuple
+    """
+    if guide is None:
+        with poutine.trace() as tracer, plate:
+            run(state, *args, **kwargs)
+        return tracer.trace, list(_effects(tracer.trace))
+    guide.args_kwargs = ((state, *args), kwargs)
+    try:
+        with guide, plate:
+            run(state, *args, **kwargs)
+    finally:
+        del guide.args_kwargs
+    trace, guide.trace = guide.trace, poutine.Trace()
+    return trace, list(_effects(trace))
+
+
+def _effects(trace: poutine.Trace) -> Iterator[Increment]:
+    for name, site in sample_sites(trace):
+        prior = site["infer"].get("prior")
+        if site["is_observed"]:
+            if not _is_deterministic(site):
+                yield _increment(name, site, _log_prob(site))
+        elif site["infer"].get("is_auxiliary"):
+            yield _increment(name, site, -_log_prob(site))
+        elif prior is not None and prior is not site["fn"]:
+            ratio = log_ratio(prior, site["fn"], site["value"])
+            yield _increment(name, site, scale_and_mask(ratio, site["scale"], site["mask"]))
+
+
+def explicit_increments(
+    run: Callable[..., Any],
+    guide: Callable[..., Any],
+    plate: Any,
+    state: Any,
+    args: Any,
+    kwargs: Any,
+) -> tuple[poutine.Trace, list[Increment]]:
+    """
+    Runs the guide, then the model replayed against it.
+
+    :param callable run: The ``init`` or ``step`` of the model.
+    :param callable guide: The ``init`` or ``step`` of the guide, which may not write the state.
+    :returns: The trace of the model, and the increments of all sites that have one.
+    :rtype: tuple
+    :raises ValueError: If the guide samples a site that the model lacks, or repeats a factor.
+    """
+    lock = state._lock() if hasattr(state, "_lock") else nullcontext()
+    with poutine.trace() as guide_tracer, lock, plate:
+        guide(state, *args, **kwargs)
+    with poutine.trace() as tracer, poutine.replay(trace=guide_tracer.trace), plate:
+        run(state, *args, **kwargs)
+    return tracer.trace, list(_replayed(tracer.trace, guide_tracer.trace))
+
+
+def _replayed(trace: poutine.Trace, guide_trace: poutine.Trace) -> Iterator[Increment]:
+    for name, site in sample_sites(guide_trace):
+        if _is_deterministic(site):
+            continue
+        model_site = trace.nodes.get(name)
+        if model_site is None or model_site["type"] != "sample":
+            _check_extra(name, site, trace)
+            yield _increment(name, site, -_log_prob(site))
+        elif site["is_observed"]:
+            raise ValueError(
+                f"the guide's factor or observation {name!r} has a namesake in the model, which "
+                "would count it twice. Rename the one in the guide."
+            )
+        elif not model_site["is_observed"]:
+            yield _increment(name, model_site, _site_ratio(name, model_site, site))
+    for name, site in sample_sites(trace):
+        if site["is_observed"] and not _is_deterministic(site):
+            yield _increment(name, site, _log_prob(site))
+
+
+def _check_extra(name: str, site: Site, trace: poutine.Trace) -> None:
+    if site["is_observed"] or site["infer"].get("is_auxiliary"):
+        return
+    known = ", ".join(repr(known) for known, _ in sample_sites(trace)) or "none"
+    raise ValueError(
+        f"the guide samples {name!r}, but the model has no such site (it has {known}). Rename it, "
+        "or mark it infer={'is_auxiliary': True}."
+    )
+
+
+def _site_ratio(name: str, model_site: Site, guide_site: Site) -> torch.Tensor:
+    p, q, value = model_site["fn"], guide_site["fn"], model_site["value"]
+    if p.event_dim != q.event_dim:
+        raise ValueError(
+            f"site {name!r} has event_dim {p.event_dim} in the model and {q.event_dim} in the "
+            "guide; declare the same with .to_event() in both"
+        )
+    if _is_plain(model_site) and _is_plain(guide_site):
+        return log_ratio(p, q, value)
+    return _log_prob(model_site).double() - _log_prob(guide_site).double()
+
+
+class LogProbReducer:
+    """
+    Sums log-probabilities over everything but particles and populations.
+
+    :param int num_particles: The size of the particle plate.
+    :param int max_plate_nesting: The number of dims right of the particles.
+    :param str population_plate: The name of the plate of populations, or ``None``.
+    """
+
+    def __init__(
+        self, num_particles: int, max_plate_nesting: int, population_plate: str | None
+    ) -> None:
+        self.num_particles = num_particles
+        self.max_plate_nesting = max_plate_nesting
+        self.population_plate = population_plate
+        self.population_axis = 1
+        self.shape: tuple[int, ...] = (num_particles,)
+        self.device = torch.device("cpu")
+
+    def find_populations(self, trace: poutine.Trace) -> None:
+        """Learns the device and, from the named plate, number and dim of the populations."""
+        values = [site["value"] for _, site in sample_sites(trace)]
+        if values:
+            self.device = values[0].device
+        if self.population_plate is None:
+            return
+        frames = [f for _, site in sample_sites(trace) for f in site["cond_indep_stack"]]
+        named = [f for f in frames if f.name == self.population_plate]
+        if not named:
+            known = sorted({f.name for f in frames} - {"particles"})
+            raise ValueError(
+                f"population_plate={self.population_plate!r}: no site of the model's init is in "
+                f"such a plate; its plates are {known}"
+            )
+        self.population_axis = self.max_plate_nesting + 1 + named[0].dim
+        self.shape = (self.num_particles, named[0].size)
+
+    def __call__(self, increment: Increment) -> Increment:
+        """Reduces an increment to the shape of the log-weights, in float64."""
+        self._check_plates(increment)
+        return replace(increment, value=self._reduce(increment.name, increment.value))
+
+    def _check_plates(self, increment: Increment) -> None:
+        if self.population_plate is None:
+            return
+        if all(plate.name != self.population_plate for plate in increment.plates):
+            raise ValueError(
+                f"site {increment.name!r} is outside the plate {self.population_plate!r}, so its "
+                "weight would be shared between populations that are resampled separately. Move "
+                "it into the plate."
+            )
+
+    def _reduce(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        dims = self.max_plate_nesting + 1
+        if value.dim() != dims or value.shape[0] != self.num_particles:
+            raise ValueError(
+                f"site {name!r} has a log-probability of shape {tuple(value.shape)}; expected "
+                f"{dims} dims, the first of size {self.num_particles} for the particles "
+                f"(max_plate_nesting={self.max_plate_nesting}). Try one of the following fixes: "
+                "raise max_plate_nesting; declare event dims with .to_event(); return one number "
+                "per particle from a reward."
+            )
+        keep = {0, self.population_axis} if len(self.shape) == 2 else {0}
+        rest = [dim for dim in range(dims) if dim not in keep]
+        value = value.double()
+        return value.sum(rest) if rest else value
+
+    def check_log_twist(self, value: torch.Tensor | float, step: str) -> torch.Tensor:
+        """
+        Brings a log-twist to the shape of the log-weights.
+
+        :raises ValueError: If its shape fits neither them nor the batch shape, or it is not finite.
+        """
+        value = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        if value.dim() == 0:
+            value = value.expand(self.shape)
+        if value.shape != self.shape:
+            value = self._reduce("log_twist", value)
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"log_twist after {step} is not finite: {value[~torch.isfinite(value)][0].item()}. "
+                "A twist must be positive; put a floor under it."
+            )
+        return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learnt from the first trace."""
+        return {"axis": self.population_axis, "shape": self.shape, "device": str(self.device)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.population_axis, self.shape = saved["axis"], tuple(saved["shape"])
+        self.device = torch.device(saved["device"])

@@ -1,0 +1,124 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Plots of a run's diagnostics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from pyro_twist.infer.result import Diagnostics, SMCResult
+
+__all__ = ["plot_diagnostics", "plot_ess", "plot_genealogy", "plot_increments"]
+
+INK, SOFT, ACCENT = "#1f2933", "#9aa5b1", "#d1495b"
+
+
+def plot_diagnostics(result: SMCResult, *, max_lines: int = 400) -> Figure:
+    """
+    Effective sample size, log-normaliser increments and, if kept, the genealogy of a run.
+
+    :param SMCResult result: The result of a run.
+    :param int max_lines: Draw the genealogy of at most so many final particles.
+    :returns: The figure.
+    :raises ImportError: If matplotlib is not installed.
+    :raises ValueError: If the result has no diagnostics.
+    """
+    diagnostics = _diagnostics(result)
+    panels = 3 if diagnostics.ancestors is not None else 2
+    figure, axes = _new_figure(panels)
+    plot_ess(diagnostics, axes[0], result.num_particles)
+    plot_increments(diagnostics, axes[1])
+    if panels == 3:
+        plot_genealogy(diagnostics, axes[2], max_lines=max_lines)
+    axes[-1].set_xlabel("step")
+    return figure
+
+
+def _diagnostics(result: SMCResult) -> Diagnostics:
+    if result.diagnostics is None:
+        raise ValueError("this result has no diagnostics to plot")
+    return result.diagnostics
+
+
+def _new_figure(panels: int) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'pyro-twist[plots]'") from error
+    figure = Figure(figsize=(7, 2.1 * panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def _columns(series: torch.Tensor) -> torch.Tensor:
+    return series.reshape(len(series), -1).cpu()
+
+
+def plot_ess(diagnostics: Diagnostics, axis: Axes, num_particles: int) -> None:
+    """
+    Effective sample sizes by step, a line for each population; dots where it resampled.
+
+    :param Diagnostics diagnostics: The diagnostics of a run.
+    :param axis: Where to draw.
+    :param int num_particles: The number of particles, the top of the scale.
+    """
+    ess, resampled = _columns(diagnostics.ess), _columns(diagnostics.resampled)
+    steps = torch.arange(len(ess))
+    for line, drawn in zip(ess.T, resampled.T, strict=True):
+        axis.plot(steps, line, color=INK, linewidth=1.2)
+        axis.plot(steps[drawn], line[drawn], "o", color=ACCENT, markersize=4)
+    axis.plot([], [], "o", color=ACCENT, markersize=4, label="resampled")
+    axis.set(ylim=(0, 1.05 * num_particles), ylabel="effective\nsample size")
+    axis.legend(frameon=False, loc="lower left", fontsize="small")
+
+
+def plot_increments(diagnostics: Diagnostics, axis: Axes) -> None:
+    """Increments of the log-normaliser of the twisted targets; arguments as in :func:`plot_ess`."""
+    increments = _columns(diagnostics.increments)
+    steps = torch.arange(len(increments))
+    if increments.shape[1] == 1:
+        axis.bar(steps, increments[:, 0], color=SOFT, width=0.8)
+    else:
+        axis.plot(steps, increments, color=INK, linewidth=1.0, alpha=0.7)
+    total = increments.sum(0)
+    text = (
+        f"sum {total[0]:.2f}" if len(total) == 1 else f"sums {total.min():.2f} to {total.max():.2f}"
+    )
+    axis.axhline(0, color=INK, linewidth=0.6)
+    axis.set(ylabel="log Z\nincrement", title=text)
+    axis.title.set_fontsize("small")
+
+
+def plot_genealogy(diagnostics: Diagnostics, axis: Axes, *, max_lines: int = 400) -> None:
+    """
+    The lineages of the final particles of the first population, of all other particles in grey.
+
+    :param Diagnostics diagnostics: The diagnostics of a run that kept ancestors.
+    :param axis: Where to draw.
+    :param int max_lines: Draw at most so many lineages.
+    """
+    if diagnostics.ancestors is None:
+        raise ValueError("this run kept no ancestors; run with history='ancestors'")
+    first = (slice(None), slice(None)) + (0,) * (diagnostics.ancestors.dim() - 2)
+    ancestors, lineages = diagnostics.ancestors[first].cpu(), diagnostics.lineages()[first].cpu()
+    size = ancestors.shape[1]
+    shown = torch.linspace(0, size - 1, min(size, max_lines)).round().long()
+    steps = torch.arange(len(ancestors))
+    for s in steps[1:].tolist():
+        ends = torch.stack([ancestors[s - 1, shown], shown])
+        axis.plot([s - 1, s], ends, color=SOFT, linewidth=0.5, alpha=0.5)
+    axis.plot(steps, lineages[:, shown], color=ACCENT, linewidth=0.9, alpha=0.8)
+    roots = lineages[0].unique().numel()
+    axis.set(ylabel="particle", title=f"final particles descend from {roots} of {size}")
+    axis.title.set_fontsize("small")

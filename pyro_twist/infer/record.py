@@ -1,0 +1,110 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a run remembers of its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+
+from pyro_twist.infer.increments import sample_sites
+from pyro_twist.infer.particles import take_ancestors
+from pyro_twist.infer.result import Diagnostics
+
+__all__ = ["Record"]
+
+_SERIES = ("ess", "log_normalizer", "increments", "resampled", "ancestors", "sites")
+
+
+class Record:
+    """
+    Per-step diagnostics and, on request, ancestors and the values of latent sites.
+
+    :param str history: ``"off"``, ``"ancestors"`` or ``"paths"``.
+    """
+
+    def __init__(self, history: str) -> None:
+        self.history = history
+        self.ess: list[torch.Tensor] = []
+        self.log_normalizer: list[torch.Tensor] = []
+        self.increments: list[torch.Tensor] = []
+        self.resampled: list[torch.Tensor] = []
+        self.ancestors: list[torch.Tensor | None] = []
+        self.sites: list[dict[str, torch.Tensor]] = []
+        self._pending: dict[str, torch.Tensor] = {}
+
+    def keep_sites(self, trace: poutine.Trace) -> None:
+        """Remembers the latent values of a step that is under way."""
+        if self.history == "paths":
+            sites = sample_sites(trace)
+            self._pending = {name: s["value"] for name, s in sites if not s["is_observed"]}
+
+    def add(
+        self,
+        ess: torch.Tensor,
+        log_normalizer: torch.Tensor,
+        increment: torch.Tensor,
+        resampled: torch.Tensor,
+        ancestors: torch.Tensor | None,
+    ) -> None:
+        """Closes a step; ``ancestors`` is ``None`` where nothing was resampled."""
+        self.ess.append(ess)
+        self.log_normalizer.append(log_normalizer)
+        self.increments.append(increment)
+        self.resampled.append(resampled)
+        if self.history != "off":
+            self.ancestors.append(ancestors)
+        if self.history == "paths":
+            self.sites.append(self._pending)
+
+    def diagnostics(self, log_weights: torch.Tensor) -> Diagnostics | None:
+        """The finished diagnostics; ``log_weights`` tells the shape of the ancestors."""
+        if not self.ess:
+            return None
+        ancestors = None
+        if self.history != "off":
+            ancestors = self._all_ancestors(log_weights)
+        return Diagnostics(
+            ess=torch.stack(self.ess),
+            log_normalizer=torch.stack(self.log_normalizer),
+            increments=torch.stack(self.increments),
+            resampled=torch.stack(self.resampled),
+            ancestors=ancestors,
+        )
+
+    def _all_ancestors(self, like: torch.Tensor) -> torch.Tensor:
+        same = torch.arange(like.shape[0], device=like.device)
+        same = same.reshape((-1,) + (1,) * (like.dim() - 1)).expand(like.shape)
+        return torch.stack([same if index is None else index for index in self.ancestors])
+
+    def samples(self, axis: int) -> dict[str, torch.Tensor] | None:
+        """The value of every latent site along the lineages of the present particles."""
+        if self.history != "paths":
+            return None
+        paths: dict[str, torch.Tensor] = {}
+        lineage: torch.Tensor | None = None
+        steps = zip(reversed(self.sites), reversed(self.ancestors), strict=True)
+        for sites, ancestors in steps:
+            lineage = _compose(ancestors, lineage)
+            for name, value in sites.items():
+                followed = value if lineage is None else take_ancestors(value, lineage, axis)
+                paths.setdefault(name, followed)
+        return dict(reversed(paths.items()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All series, fit for ``torch.save``."""
+        return {name: list(getattr(self, name)) for name in _SERIES}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        for name in _SERIES:
+            setattr(self, name, list(saved[name]))
+
+
+def _compose(ancestors: torch.Tensor | None, lineage: torch.Tensor | None) -> torch.Tensor | None:
+    if ancestors is None or lineage is None:
+        return ancestors if lineage is None else lineage
+    return take_ancestors(ancestors, lineage)

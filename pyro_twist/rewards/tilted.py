@@ -1,0 +1,473 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Models tilted by a potential of their end state.
+
+A base model, say a reverse diffusion process, gives the prior of a path; a tilted model is the same
+process with factors or observations on its end ``x_0`` added. It is a Pyro model again, so tilts
+nest. The factors are emitted by ``terminal(state, x0)``, which :func:`log_potential` evaluates at
+any guess of ``x_0``: that is how a twist sees the reward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.runtime import _DIM_ALLOCATOR
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_twist.rewards.reward import Reward, RewardError
+
+__all__ = ["RewardTilted", "Tilted", "log_potential"]
+
+_RESERVED_NAMES = ("x", "x0_hat")
+
+
+class Tilted:
+    """
+    A model times a potential of its end state.
+
+    Has the base model's ``init`` and ``step``; after the last step ``potential`` is run as well.
+    Everything else, such as ``kernel`` or ``decode``, is the base model's. If the base model has a
+    ``plate``, the potential runs inside it.
+
+    :param model: A model with ``init``, ``step`` and ``timesteps``; its ``state["x"]`` after the
+        last step is the end state.
+    :param callable potential: A Pyro function ``potential(state, x0)`` that emits factors and
+        observations, one per particle, and draws nothing. ``x0`` has the batch dims of the sites on
+        the left, ``(num_particles,)`` or ``(num_particles, plate_size)``, then the event dims. It
+        must not write to ``state``.
+    :raises ValueError: If ``model`` has no ``timesteps``, so no known last step.
+
+    Example, an inverse problem: the left half of the image was observed with noise::
+
+        def likelihood(state, x0):
+            left = x0[..., : x0.shape[-1] // 2]
+            pyro.sample("y", dist.Normal(left, 0.1).to_event(3), obs=y)
+
+        model = Tilted(diffusion, likelihood)
+    """
+
+    def __init__(self, model: Any, potential: Callable[[Any, Tensor], Any]) -> None:
+        if not getattr(model, "timesteps", None):
+            raise ValueError(
+                f"{type(model).__name__} has no `timesteps`, so its last step is unknown; "
+                "give it the attribute timesteps = (T, ..., 1)"
+            )
+        if not callable(potential):
+            raise ValueError(f"potential must be a function of (state, x0), got {potential!r}")
+        self.model = model
+        self.potential = potential
+        self._plate = _plate_of(model)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model!r})"
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The base model's time indices ``(T, ..., 1)``."""
+        return tuple(self.model.timesteps)
+
+    @property
+    def keep_graph(self) -> bool:
+        """Whether the base model keeps the graph of one denoiser evaluation for gradient twists."""
+        return bool(self.model.keep_graph)
+
+    @keep_graph.setter
+    def keep_graph(self, value: bool) -> None:
+        self.model.keep_graph = value
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The base model's evaluation counts."""
+        return dict(getattr(self.model, "counts", {}))
+
+    def init(self, state: Any, *args: Any, **kwargs: Any) -> None:
+        """
+        Runs the base model's ``init``.
+
+        :param dict state: The state, written to.
+        """
+        self.model.init(state, *args, **kwargs)
+
+    def step(self, state: Any, t: int, *args: Any, **kwargs: Any) -> None:
+        """
+        Runs the base model's ``step`` and, if it was the last, the potential at its end state.
+
+        :param dict state: The state, written to.
+        :param int t: The time index; the step goes from ``x_t`` to ``x_{t-1}``.
+        """
+        self.model.step(state, t, *args, **kwargs)
+        if t == self.timesteps[-1]:
+            with _inside(self._plate):
+                self._end(state)
+
+    def terminal(self, state: Any, x0: Tensor) -> None:
+        """
+        Emits every terminal factor and observation, the base model's first.
+
+        :param dict state: The state, read only.
+        :param torch.Tensor x0: The end state or a guess of it, of shape ``batch_shape +
+            event_shape``.
+        """
+        if hasattr(self.model, "terminal"):
+            self.model.terminal(state, x0)
+        with _inside(self._plate):
+            self.potential(state, x0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """
+        Runs a whole trajectory, for any Pyro tool that takes a callable.
+
+        Any arguments are passed to ``init``.
+
+        :returns: The end state, of shape ``batch_shape + event_shape``.
+        """
+        state: dict[str, Any] = {}
+        self.init(state, *args, **kwargs)
+        for t in self.timesteps:
+            self.step(state, t)
+        end: Tensor = state["x"]
+        return end
+
+    def _end(self, state: Any) -> None:
+        self.potential(state, state["x"])
+
+
+class RewardTilted(Tilted):
+    """
+    A model tilted by one or several rewards: ``p(x_0) exp(scale * reward(x_0))``.
+
+    Every reward is a :func:`pyro.factor` of its name. The last step also writes the values without
+    ``scale`` to ``state`` under the same names, in float64 and of the batch shape.
+
+    :param model: A model as for :class:`Tilted`, with ``event_shape``, the shape of one sample.
+    :param reward: A function of a batch of samples or a :class:`~pyro_twist.rewards.Reward`, named
+        ``"reward"``; or a dict of them by name. Instead of one function, a sequence of ``P``
+        gives each entry of the base model's plate of size ``P`` its own, for example one per
+        prompt.
+    :param scale: The strength ``lambda``, a number or a tensor that broadcasts to the batch
+        shape, or a dict of them by the rewards' names. A scale of 0 gives the factor 0, also
+        where the reward is minus infinity.
+    :param bool decode: Whether rewards get ``model.decode(x0)``, images in [0, 1] of shape
+        ``(B, C, H, W)``, or ``x0`` itself, of shape ``(B,) + event_shape``; all batch dims are
+        flattened to one.
+    :raises ValueError: If names or scales do not fit, or ``model`` has no ``event_shape``.
+
+    Example::
+
+        model = RewardTilted(
+            diffusion,
+            {"small": image_reward("compressible"), "red": image_reward("red")},
+            scale={"small": 5.0, "red": 20.0},
+        )
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward: Any,
+        scale: Any = 1.0,
+        *,
+        decode: bool = True,
+    ) -> None:
+        super().__init__(model, self._emit)
+        if not hasattr(model, "event_shape"):
+            raise ValueError(
+                f"{type(model).__name__} has no `event_shape`; give it the shape of one sample, "
+                "for example event_shape = (3, 32, 32), so that batch dims can be told apart"
+            )
+        self.rewards = _named_rewards(reward)
+        self.scales = _named_scales(scale, tuple(self.rewards))
+        self.decode_samples = decode
+        self._check_names()
+
+    def __repr__(self) -> str:
+        return f"RewardTilted({self.model!r}, {self.rewards}, scale={self.scales})"
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """The names of all rewards, those of a base model that is itself tilted first."""
+        return (*getattr(self.model, "reward_names", ()), *self.rewards)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The base model's evaluation counts and, under ``"reward"``, the samples scored."""
+        counts = super().counts
+        scored = sum(reward.num_calls for reward in self.rewards.values())
+        return {**counts, "reward": counts.get("reward", 0) + scored}
+
+    def evaluate(self, x0: Tensor) -> dict[str, Tensor]:
+        """
+        Scores end states, without the scale.
+
+        :param torch.Tensor x0: Of shape ``batch_shape + event_shape``.
+        :returns: For every reward of this wrapper its values, float64, of shape ``batch_shape``.
+        :raises RewardError: If a reward fails; ``index`` counts the flattened batch.
+        """
+        batch_shape = _batch_shape(self.model, x0)
+        _check_entries(self.rewards, batch_shape)
+        samples: Any = x0.reshape((-1,) + tuple(self.model.event_shape))
+        if self.decode_samples and hasattr(self.model, "decode"):
+            samples = self.model.decode(samples)
+        return {name: reward(samples).reshape(batch_shape) for name, reward in self.rewards.items()}
+
+    def _emit(self, state: Any, x0: Tensor) -> None:
+        self._factors(self.evaluate(x0))
+
+    def _end(self, state: Any) -> None:
+        values = self.evaluate(state["x"])
+        for name, value in values.items():
+            state[name] = value.detach()
+        self._factors(values)
+
+    def _factors(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            pyro.factor(name, _scaled(name, self.scales[name], value))
+
+    def _check_names(self) -> None:
+        for name in self.rewards:
+            if name in getattr(self.model, "reward_names", ()):
+                raise ValueError(
+                    f"the model has a reward {name!r} already; give this one another name, "
+                    'as in RewardTilted(model, {"another": reward})'
+                )
+            if name in _RESERVED_NAMES or name.startswith("x_"):
+                raise ValueError(
+                    f"a reward cannot be named {name!r}, which the diffusion state uses"
+                )
+
+
+def log_potential(model: Any, state: Any, x0: Tensor) -> Tensor:
+    """
+    Evaluates the terminal log-potential of a model at a guess of its end state.
+
+    Sums all factors and observations that ``model.terminal(state, x0)`` emits, scales and masks
+    honoured, over the plates opened inside it, except the model's own ``plate``. Nothing reaches
+    handlers outside. Gradients flow to ``x0`` where the factors have them.
+
+    :param model: A model with ``terminal`` and, unless there is one batch dim only,
+        ``event_shape``.
+    :param dict state: The state, not written to.
+    :param torch.Tensor x0: The guess, of shape ``batch_shape + event_shape``.
+    :returns: The log-potential, float64, of shape ``batch_shape``; may be minus infinity.
+    :raises ValueError: If the model has no ``terminal``, or a site is latent, of a shape that
+        fits no plate, NaN or plus infinity.
+
+    Example::
+
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> base = SimpleNamespace(timesteps=(1,), event_shape=(2,))
+        >>> tilted = Tilted(base, lambda state, x0: pyro.factor("sum", x0.sum(-1)))
+        >>> log_potential(tilted, {}, torch.ones(3, 2)).tolist()
+        [2.0, 2.0, 2.0]
+    """
+    if not hasattr(model, "terminal"):
+        raise ValueError(
+            f"{type(model).__name__} has no method `terminal`, so it has no terminal potential. "
+            "Wrap it: RewardTilted(model, reward), or Tilted(model, potential)."
+        )
+    batch_shape = _batch_shape(model, x0)
+    with poutine.block(), _reserved(model, batch_shape), poutine.trace() as tracer:
+        model.terminal(state, x0)
+    total = torch.zeros(batch_shape, dtype=torch.float64, device=x0.device)
+    for name, site in tracer.trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            total = total + _site_log_prob(name, site, batch_shape).to(x0.device)
+    return total
+
+
+def _site_log_prob(name: str, site: Mapping[str, Any], batch_shape: torch.Size) -> Tensor:
+    if not site["is_observed"]:
+        raise ValueError(
+            f"terminal draws the latent site {name!r}; it may only emit factors and observations. "
+            "Draw it in init and read it from the state."
+        )
+    if site["infer"].get("_deterministic"):
+        return torch.zeros((), dtype=torch.float64)
+    value = _log_prob(site)
+    if value.isnan().any() or (value == math.inf).any():
+        raise ValueError(
+            f"site {name!r} is {'NaN' if value.isnan().any() else '+inf'}; "
+            "log-potentials must be finite or -inf"
+        )
+    return _summed(name, site, value, batch_shape)
+
+
+def _log_prob(site: Mapping[str, Any]) -> Tensor:
+    value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    scaled: Tensor = scale_and_mask(value.double(), site["scale"], site["mask"])
+    return scaled
+
+
+def _summed(name: str, site: Mapping[str, Any], value: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Sums over the dims of plates opened inside ``terminal``, keeping those of the batch."""
+    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    value = value.reshape((1,) * (len(batch_shape) - value.dim()) + value.shape)
+    for dim in range(-value.dim(), 0):
+        size = batch_shape[dim] if -dim <= len(batch_shape) else 1
+        if value.shape[dim] == size and (size > 1 or dim not in plates):
+            continue
+        if not (dim in plates if size == 1 else dim in _taken_dims() and value.shape[dim] == 1):
+            raise ValueError(
+                f"site {name!r} has log-probability of shape {tuple(value.shape)} for the batch "
+                f"shape {tuple(batch_shape)}, and dim {dim} is in no plate. Declare event dims "
+                "with .to_event(), open a pyro.plate around the site, or give the model the "
+                "attribute `event_shape`, and `plate` if it has one."
+            )
+        value = value.sum(dim, keepdim=True)
+    return value.reshape(value.shape[value.dim() - len(batch_shape) :])
+
+
+def _batch_shape(model: Any, x0: Tensor) -> torch.Size:
+    event_shape = getattr(model, "event_shape", None)
+    if event_shape is None:
+        return x0.shape[:1]
+    event_shape = tuple(event_shape)
+    split = x0.dim() - len(event_shape)
+    if split < 0 or tuple(x0.shape[split:]) != event_shape:
+        raise ValueError(
+            f"x0 has shape {tuple(x0.shape)}, which does not end in the model's event_shape "
+            f"{event_shape}"
+        )
+    return x0.shape[:split]
+
+
+# Plates
+
+
+def _plate_of(model: Any) -> Any:
+    """The plate of a model, which declares it as a plate or as its name and size."""
+    plate = getattr(model, "plate", None)
+    if not isinstance(plate, tuple):
+        return plate
+    name, size = plate
+    return _new_plate(name, size, -1)
+
+
+def _new_plate(name: str, size: int, dim: int) -> Any:
+    # Creating a plate emits a site, which must be in no trace twice.
+    with poutine.block():
+        return pyro.plate(name, size, dim=dim)
+
+
+def _taken_dims() -> dict[int, str]:
+    stack = enumerate(_DIM_ALLOCATOR._stack)
+    return {-1 - place: name for place, name in stack if name is not None}
+
+
+def _inside(plate: Any) -> AbstractContextManager[Any]:
+    """Enters a plate unless that has been done."""
+    if plate is None or plate.name in _taken_dims().values():
+        return nullcontext()
+    context: AbstractContextManager[Any] = plate
+    return context
+
+
+@contextmanager
+def _reserved(model: Any, batch_shape: torch.Size) -> Iterator[None]:
+    """Keeps the particle dim from plates inside, as an engine's particle plate would."""
+    dim, plate = -len(batch_shape), _plate_of(model)
+    free = dim < 0 and dim not in _taken_dims() and (plate is None or plate.dim != dim)
+    with ExitStack() as stack:
+        if free:
+            stack.enter_context(_new_plate("_log_potential_particles", batch_shape[0], dim))
+        yield
+
+
+# Rewards and scales
+
+
+class _PerEntry:
+    """One reward per entry of the plate at the last batch dim."""
+
+    def __init__(self, rewards: Sequence[Any]) -> None:
+        self.rewards = [_as_reward(reward) for reward in rewards]
+
+    @property
+    def num_calls(self) -> int:
+        return sum(reward.num_calls for reward in set(self.rewards))
+
+    def __call__(self, samples: Any) -> Tensor:
+        entries = range(len(self.rewards))
+        return torch.stack([self._entry(samples, entry) for entry in entries], -1).reshape(-1)
+
+    def _entry(self, samples: Any, entry: int) -> Tensor:
+        size = len(self.rewards)
+        try:
+            return self.rewards[entry](samples[entry::size])
+        except RewardError as error:
+            values = error.values.new_full((len(samples),), math.nan)
+            values[entry::size] = error.values
+            raise RewardError(
+                f"entry {entry}: {error}", error.index * size + entry, values
+            ) from error
+
+
+def _as_reward(reward: Any) -> Any:
+    if isinstance(reward, (Reward, _PerEntry)):
+        return reward
+    if isinstance(reward, Sequence) and not isinstance(reward, str):
+        return _PerEntry(reward)
+    return Reward(reward)
+
+
+def _named_rewards(reward: Any) -> dict[str, Any]:
+    named = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+    if not named:
+        raise ValueError("reward is an empty dict; give at least one reward")
+    return {name: _as_reward(function) for name, function in named.items()}
+
+
+def _check_entries(rewards: Mapping[str, Any], batch_shape: torch.Size) -> None:
+    for name, reward in rewards.items():
+        if isinstance(reward, _PerEntry) and batch_shape[-1:] != (len(reward.rewards),):
+            raise ValueError(
+                f"{name!r} has {len(reward.rewards)} rewards, but the batch shape is "
+                f"{tuple(batch_shape)}; give one per entry of the model's plate, the last batch dim"
+            )
+
+
+def _named_scales(scale: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
+    if set(scales) != set(names):
+        raise ValueError(f"scale has the names {sorted(scales)}, the rewards {sorted(names)}")
+    for name, value in scales.items():
+        if not torch.isfinite(torch.as_tensor(value)).all():
+            raise ValueError(f"scale of {name!r} is {value}; give finite numbers")
+    return scales
+
+
+def _scaled(name: str, scale: Any, values: Tensor) -> Tensor:
+    scale = _expanded(name, torch.as_tensor(scale).to(values.device, torch.float64), values)
+    if ((values == -math.inf) & (scale < 0)).any():
+        raise ValueError(
+            f"reward {name!r} is -inf and its scale negative, which makes +inf; "
+            "negate the reward instead"
+        )
+    return torch.where(scale == 0, torch.zeros_like(values), scale * values)
+
+
+def _expanded(name: str, scale: Tensor, values: Tensor) -> Tensor:
+    try:
+        return scale.expand(values.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"scale of {name!r} has shape {tuple(scale.shape)}, which does not broadcast to the "
+            f"batch shape {tuple(values.shape)}"
+        ) from None
