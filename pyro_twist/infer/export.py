@@ -35,8 +35,9 @@ def to_arviz(result: SMCResult, num_samples: int | None = None) -> InferenceData
     drawn = result.resample(num_samples)
     posterior = {key: value.detach().cpu().numpy()[None] for key, value in drawn.state.items()}
     stats = None if result.diagnostics is None else _stats(result.diagnostics)
-    attributes = {"inference_library": "pyro_twist", "kind": result.kind}
-    return arviz.from_dict(posterior=posterior, sample_stats=stats, attrs=attributes)
+    data = arviz.from_dict(posterior=posterior, sample_stats=stats)
+    data.posterior.attrs.update(inference_library="pyro_twist", kind=result.kind)
+    return data
 
 
 def _stats(diagnostics: Diagnostics) -> dict[str, np.ndarray[Any, Any]]:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def _new_figure(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes)
 
 
-def _columns(series: torch.Tensor) -> torch.Tensor:
-    return series.reshape(len(series), -1).cpu()
+def _columns(series: torch.Tensor) -> np.ndarray[Any, Any]:
+    return series.reshape(len(series), -1).cpu().numpy()
 
 
 def plot_ess(diagnostics: Diagnostics, axis: Axes, num_particles: int) -> None:
@@ -74,7 +75,7 @@ def plot_ess(diagnostics: Diagnostics, axis: Axes, num_particles: int) -> None:
     :param int num_particles: The number of particles, the top of the scale.
     """
     ess, resampled = _columns(diagnostics.ess), _columns(diagnostics.resampled)
-    steps = torch.arange(len(ess))
+    steps = np.arange(len(ess))
     for line, drawn in zip(ess.T, resampled.T, strict=True):
         axis.plot(steps, line, color=INK, linewidth=1.2)
         axis.plot(steps[drawn], line[drawn], "o", color=ACCENT, markersize=4)
@@ -86,7 +87,7 @@ def plot_ess(diagnostics: Diagnostics, axis: Axes, num_particles: int) -> None:
 def plot_increments(diagnostics: Diagnostics, axis: Axes) -> None:
     """Increments of the log-normaliser of the twisted targets; arguments as in :func:`plot_ess`."""
     increments = _columns(diagnostics.increments)
-    steps = torch.arange(len(increments))
+    steps = np.arange(len(increments))
     if increments.shape[1] == 1:
         axis.bar(steps, increments[:, 0], color=SOFT, width=0.8)
     else:
@@ -111,14 +112,24 @@ def plot_genealogy(diagnostics: Diagnostics, axis: Axes, *, max_lines: int = 400
     if diagnostics.ancestors is None:
         raise ValueError("this run kept no ancestors; run with history='ancestors'")
     first = (slice(None), slice(None)) + (0,) * (diagnostics.ancestors.dim() - 2)
-    ancestors, lineages = diagnostics.ancestors[first].cpu(), diagnostics.lineages()[first].cpu()
+    ancestors = diagnostics.ancestors[first].cpu().numpy()
+    lineages = diagnostics.lineages()[first].cpu().numpy()
     size = ancestors.shape[1]
-    shown = torch.linspace(0, size - 1, min(size, max_lines)).round().long()
-    steps = torch.arange(len(ancestors))
-    for s in steps[1:].tolist():
-        ends = torch.stack([ancestors[s - 1, shown], shown])
-        axis.plot([s - 1, s], ends, color=SOFT, linewidth=0.5, alpha=0.5)
-    axis.plot(steps, lineages[:, shown], color=ACCENT, linewidth=0.9, alpha=0.8)
-    roots = lineages[0].unique().numel()
+    shown = np.linspace(0, size - 1, min(size, max_lines)).round().astype(int)
+    axis.plot(*_edges(ancestors[:, shown], shown), color=SOFT, linewidth=0.5, alpha=0.5)
+    axis.plot(lineages[:, shown], color=ACCENT, linewidth=0.9, alpha=0.8)
+    roots = len(np.unique(lineages[0]))
     axis.set(ylabel="particle", title=f"final particles descend from {roots} of {size}")
     axis.title.set_fontsize("small")
+
+
+def _edges(
+    ancestors: np.ndarray[Any, Any], shown: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """One line through all edges from a particle to its offspring, broken between them."""
+    starts = ancestors[:-1].astype(float)
+    ends = np.broadcast_to(shown, starts.shape)
+    steps = np.broadcast_to(np.arange(len(starts))[:, None], starts.shape)
+    breaks = np.full(starts.shape, np.nan)
+    x = np.stack([steps, steps + 1, breaks], -1)
+    return x.reshape(-1), np.stack([starts, ends, breaks], -1).reshape(-1)

@@ -1,0 +1,73 @@
+# Every target makes what it needs: with Python 3.11 alone, the first call creates .venv and installs
+# the versions of constraints.txt. Extra options go in ARGS, e.g. make align ARGS="--reward red".
+
+SHELL := bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= results/align
+ARGS ?=
+PIP_ARGS ?=
+# The tests work on small tensors, for which a second thread costs more than it gives.
+THREADS ?= 1
+
+extras-run := plots,rewards
+extras-test := test
+extras-docs := docs
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help align test lint type docs tutorials bench ci clean distclean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+# The environment, once per set of extras and again when what is installed changes.
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
+	@test -x "$(BIN)/pip" || { echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
+	    $(PYTHON) -m venv "$(VENV)"; }
+	@echo "Installing pyro-twist[$(extras-$*)]: a minute or two the first time"
+	@for try in 1 2 3; do \
+	    $(BIN)/python -m pip install -qq --disable-pip-version-check --retries 5 --timeout 60 \
+	        --constraint constraints.txt $(PIP_ARGS) --editable '.[$(extras-$*)]' && break; \
+	    if [ $$try = 3 ]; then exit 1; fi; \
+	    echo "The installation failed; trying again in $$((10 * try)) s" >&2; \
+	    sleep $$((10 * try)); \
+	done
+	@touch $@
+
+align: $(VENV)/.installed-run  ## align the shipped emoji model to a reward
+	@$(BIN)/pyro-twist align emoji --out "$(OUT)" $(ARGS)
+	@echo "Results are in $(OUT); open $(OUT)/report.html"
+
+test: $(VENV)/.installed-test  ## run the tests
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test  ## check the style of the code
+	@$(BIN)/ruff check $(ARGS) .
+
+type: $(VENV)/.installed-test  ## check the types of the whole package
+	@$(BIN)/mypy $(ARGS)
+
+docs: $(VENV)/.installed-docs  ## build the documentation, warnings are errors
+	@$(BIN)/sphinx-build -W --keep-going -E -q -b html docs docs/_build/html $(ARGS)
+	@echo "The documentation is in docs/_build/html; open docs/_build/html/index.html"
+
+tutorials: $(VENV)/.installed-test  ## run the tutorials in smoke mode
+	@VENV="$(VENV)" bash scripts/tutorials.sh $(ARGS)
+
+bench: $(VENV)/.installed-test  ## run the benchmarks, JSON into results/bench
+	@mkdir -p results/bench
+	@set -e; for script in tests/perf/bench_*.py; do \
+	    $(BIN)/python "$$script" --out "results/bench/$$(basename "$$script" .py).json" $(ARGS); \
+	done
+
+ci:  ## everything that is checked before a merge
+	@.ci/run
+
+clean:  ## remove what the other targets made, but not the environment
+	rm -rf build dist docs/_build .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+distclean: clean  ## and the environment as well
+	rm -rf "$(VENV)"

@@ -1,0 +1,225 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which models the zoo holds, and reading them from the package's own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from pyro_twist.zoo.classifiers import Classifier, load_classifier
+from pyro_twist.zoo.data import Images, load_images
+
+if TYPE_CHECKING:
+    from pyro_twist.diffusion import GaussianDiffusion
+
+__all__ = ["Entry", "classifier", "entry", "images", "judge", "load", "load_folder", "models"]
+
+ROOT = Path(__file__).parent
+
+Label = str | int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    What the zoo says about a model.
+
+    :param ~pathlib.Path folder: Its files.
+    :param str description: One line.
+    :param tuple classes: The names of the classes; the index after the last is "no class".
+    :param tuple event_shape: Shape of a sample: channels, height, width.
+    :param float guidance_scale: The guidance that gives the best samples of a class.
+    """
+
+    folder: Path
+    description: str
+    classes: tuple[str, ...]
+    event_shape: tuple[int, ...]
+    guidance_scale: float
+
+    def index(self, label: Label) -> int:
+        """
+        The index of a class.
+
+        :param label: Its name, in any case, a unique beginning of it, or its index.
+        :raises ValueError: If there is no such class, or several.
+        """
+        if isinstance(label, int) and not isinstance(label, bool):
+            if 0 <= label < len(self.classes):
+                return label
+            found = []
+        else:
+            start = str(label).strip().lower()
+            names = [name.lower() for name in self.classes]
+            found = [i for i, name in enumerate(names) if name.startswith(start)]
+            found = [names.index(start)] if start in names else found
+        if len(found) != 1 or label == "":
+            raise ValueError(
+                f"label={label!r} names {'no class' if not found else 'several classes'} of "
+                f"{self.folder.name!r}; try one of {', '.join(map(repr, self.classes))} or an "
+                f"index from 0 to {len(self.classes) - 1}"
+            )
+        return found[0]
+
+
+def models() -> dict[str, str]:
+    """
+    The models of the zoo.
+
+    :returns: A description of one line for each name.
+    """
+    names = sorted(path.parent.name for path in ROOT.glob("*/info.json"))
+    return {name: entry(name).description for name in names}
+
+
+def entry(name: str) -> Entry:
+    """
+    What the zoo says about a model.
+
+    :param str name: One of :func:`models`.
+    :raises ValueError: If the zoo has no such model.
+    """
+    known = sorted(path.parent.name for path in ROOT.glob("*/info.json"))
+    if name not in known:
+        raise ValueError(f"name={name!r} is not in the zoo; try one of {', '.join(known)}")
+    return _read_entry(ROOT / name)
+
+
+def load(
+    name: str,
+    label: Label | Sequence[Label] | None = None,
+    *,
+    guidance_scale: float | None = None,
+    num_inference_steps: int = 50,
+    scheduler: Literal["ddpm", "ddim"] = "ddpm",
+    **options: Any,
+) -> GaussianDiffusion:
+    """
+    Loads a model from the files of the package, in float32; nothing is downloaded.
+
+    :param str name: One of :func:`models`.
+    :param label: The class to sample, by name or index; a list of classes opens the plate
+        ``"classes"`` with one population each; ``None`` samples without a class.
+    :param float guidance_scale: Strength of classifier-free guidance; by default the one the
+        model card recommends if there is a label, and 1, which is none, if there is not.
+    :param int num_inference_steps: Number of steps of the reverse process.
+    :param str scheduler: ``"ddpm"``, or ``"ddim"`` with ``eta=1``.
+    :param options: More arguments of :class:`~pyro_twist.diffusion.GaussianDiffusion`.
+    :raises ValueError: If there is no such model, class or scheduler.
+    """
+    entry(name)
+    return load_folder(
+        ROOT / name,
+        label,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        scheduler=scheduler,
+        **options,
+    )
+
+
+def load_folder(
+    folder: Path,
+    label: Label | Sequence[Label] | None = None,
+    *,
+    guidance_scale: float | None = None,
+    num_inference_steps: int = 50,
+    scheduler: Literal["ddpm", "ddim"] = "ddpm",
+    **options: Any,
+) -> GaussianDiffusion:
+    """
+    Loads a model laid out as those of the zoo: ``info.json``, ``unet/``, ``scheduler/``.
+
+    :param ~pathlib.Path folder: Its files.
+
+    The other arguments are those of :func:`load`.
+    """
+    from pyro_twist.diffusion import GaussianDiffusion
+
+    about = _read_entry(folder)
+    if label is None:
+        labels = torch.tensor(len(about.classes))
+    elif isinstance(label, (str, int)):
+        labels = torch.tensor(about.index(label))
+    else:
+        labels = torch.tensor([about.index(one) for one in label])
+        options.setdefault("plate", ("classes", len(labels)))
+    if guidance_scale is None:
+        guidance_scale = 1.0 if label is None else about.guidance_scale
+    return GaussianDiffusion(
+        _load_network(folder / "unet"),
+        _load_scheduler(folder / "scheduler", scheduler),
+        about.event_shape,
+        num_inference_steps=num_inference_steps,
+        conditioning={"class_labels": labels},
+        null_conditioning={"class_labels": torch.tensor(len(about.classes))},
+        guidance_scale=guidance_scale,
+        **options,
+    )
+
+
+def classifier(name: str) -> Classifier:
+    """
+    The classifier to build rewards from, frozen: pictures in ``[0, 1]`` of shape ``(batch,
+    channels, height, width)`` to logits of shape ``(batch, number of classes)``.
+
+    :param str name: One of :func:`models`.
+    """
+    return load_classifier(entry(name).folder / "classifier")
+
+
+def judge(name: str) -> Classifier:
+    """
+    A classifier built differently from :func:`classifier`, with the same interface, to measure what
+    a reward has led to. Do not optimise it.
+
+    :param str name: One of :func:`models`.
+    """
+    return load_classifier(entry(name).folder / "judge")
+
+
+def images(name: str, held_out: bool | None = False) -> Images:
+    """
+    The pictures a model was trained on, or those kept from all training.
+
+    :param str name: One of :func:`models`.
+    :param bool held_out: Whether to return the held-out pictures; ``None`` returns all.
+    """
+    everything = load_images(entry(name).folder / "images.npz")
+    if held_out is None:
+        return everything
+    return everything.subset(everything.held_out == held_out)
+
+
+def _read_entry(folder: Path) -> Entry:
+    about = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    classes, event_shape = tuple(about["classes"]), tuple(about["event_shape"])
+    return Entry(folder, about["description"], classes, event_shape, about["guidance_scale"])
+
+
+def _load_network(folder: Path) -> torch.nn.Module:
+    from diffusers import UNet2DModel
+    from safetensors.torch import load_file
+
+    # Not from_pretrained: it would need accelerate, and asks the hub about names that are no path.
+    network = UNet2DModel.from_config(UNet2DModel.load_config(folder, local_files_only=True))
+    network.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    return network.float().eval().requires_grad_(False)
+
+
+def _load_scheduler(folder: Path, name: str) -> Any:
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    kinds = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+    if name not in kinds:
+        raise ValueError(f"scheduler={name!r} is not offered; try one of {', '.join(kinds)}")
+    config = kinds[name].load_config(folder, local_files_only=True)
+    # Trailing starts from pure noise, which "leading", the default, does not.
+    return kinds[name].from_config(config, timestep_spacing="trailing")
