@@ -16,7 +16,51 @@ from pyro_twist.infer.result import Diagnostics
 
 __all__ = ["Record"]
 
-_SERIES = ("ess", "log_normalizer", "increments", "resampled", "ancestors", "sites")
+_SERIES = ("ess", "log_normalizer", "increments", "resampled")
+
+
+class Series:
+    """
+    A growing tensor of one entry per step.
+
+    Not a list of small tensors: those, kept between the large ones that come and go with every
+    step, fragment the heap until memory grows with the steps.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, value: torch.Tensor) -> None:
+        """Adds an entry, of the same shape and dtype as all before."""
+        if self._buffer is None:
+            self._buffer = value.new_empty((64, *value.shape))
+        elif self._size == len(self._buffer):
+            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)])
+        self._buffer[self._size] = value
+        self._size += 1
+
+    def last(self) -> torch.Tensor:
+        """The latest entry."""
+        assert self._buffer is not None, "the series is empty"
+        return self._buffer[self._size - 1]
+
+    def tensor(self) -> torch.Tensor:
+        """All entries, as a copy."""
+        if self._buffer is None:
+            return torch.empty(0, dtype=torch.float64)
+        return self._buffer[: self._size].clone()
+
+    @staticmethod
+    def of(values: torch.Tensor) -> Series:
+        """The series with the given entries."""
+        series = Series()
+        for value in values:
+            series.append(value)
+        return series
 
 
 class Record:
@@ -28,10 +72,10 @@ class Record:
 
     def __init__(self, history: str) -> None:
         self.history = history
-        self.ess: list[torch.Tensor] = []
-        self.log_normalizer: list[torch.Tensor] = []
-        self.increments: list[torch.Tensor] = []
-        self.resampled: list[torch.Tensor] = []
+        self.ess = Series()
+        self.log_normalizer = Series()
+        self.increments = Series()
+        self.resampled = Series()
         self.ancestors: list[torch.Tensor | None] = []
         self.sites: list[dict[str, torch.Tensor]] = []
         self._pending: dict[str, torch.Tensor] = {}
@@ -60,18 +104,22 @@ class Record:
         if self.history == "paths":
             self.sites.append(self._pending)
 
+    def last(self) -> tuple[float, float]:
+        """The effective sample size and log-normaliser after the last step, averaged."""
+        return float(self.ess.last().mean()), float(self.log_normalizer.last().mean())
+
     def diagnostics(self, log_weights: torch.Tensor) -> Diagnostics | None:
         """The finished diagnostics; ``log_weights`` tells the shape of the ancestors."""
-        if not self.ess:
+        if not len(self.ess):
             return None
         ancestors = None
         if self.history != "off":
             ancestors = self._all_ancestors(log_weights)
         return Diagnostics(
-            ess=torch.stack(self.ess),
-            log_normalizer=torch.stack(self.log_normalizer),
-            increments=torch.stack(self.increments),
-            resampled=torch.stack(self.resampled),
+            ess=self.ess.tensor(),
+            log_normalizer=self.log_normalizer.tensor(),
+            increments=self.increments.tensor(),
+            resampled=self.resampled.tensor(),
             ancestors=ancestors,
         )
 
@@ -95,13 +143,15 @@ class Record:
         return dict(reversed(paths.items()))
 
     def state_dict(self) -> dict[str, Any]:
-        """All series, fit for ``torch.save``."""
-        return {name: list(getattr(self, name)) for name in _SERIES}
+        """All that is remembered, fit for ``torch.save``."""
+        series = {name: getattr(self, name).tensor() for name in _SERIES}
+        return {**series, "ancestors": list(self.ancestors), "sites": list(self.sites)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         for name in _SERIES:
-            setattr(self, name, list(saved[name]))
+            setattr(self, name, Series.of(saved[name]))
+        self.ancestors, self.sites = list(saved["ancestors"]), list(saved["sites"])
 
 
 def _compose(ancestors: torch.Tensor | None, lineage: torch.Tensor | None) -> torch.Tensor | None:

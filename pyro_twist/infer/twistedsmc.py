@@ -224,7 +224,7 @@ class TwistedSMC(SMCFilter):
             yield bar
 
     def _report(self, bar: Any) -> None:
-        ess, log_z = self._record.ess[-1].mean(), self._record.log_normalizer[-1].mean()
+        ess, log_z = self._record.last()
         bar.set_postfix_str(f"ESS {ess:.1f}, log Z {log_z:.3f}", refresh=False)
         bar.update()
 
@@ -289,6 +289,8 @@ class TwistedSMC(SMCFilter):
             return None
         with poutine.block(hide_types=["sample", "observe"]), self.particle_plate:
             value = log_twist(self.state, *args, **kwargs)
+        if isinstance(value, (int, float)) and value == 0:
+            return None
         return self._reducer.check_log_twist(value, f"{method}{args}")
 
     def _is_last(self, method: str, args: Any, kwargs: Any) -> bool:

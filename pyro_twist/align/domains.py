@@ -1,0 +1,303 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+What the job needs to know of a kind of sample: models, rewards, a judge, distances, and pictures.
+
+Everything else in the job is the same for images, molecules and text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_twist.align.options import AlignOptions, OptionError, unknown
+
+if TYPE_CHECKING:
+    from pyro_twist.rewards import Reward
+    from pyro_twist.zoo import Classifier, Entry
+
+__all__ = ["Domain", "Judgement", "ZooImages", "domains", "find_domain"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """
+    What a judge, which no method has seen, thinks of samples.
+
+    :param torch.Tensor score: The figure of the table, one number per sample, higher is better.
+    :param dict details: More figures of the same shape, by name.
+    """
+
+    score: Tensor
+    details: Mapping[str, Tensor]
+
+
+class Domain(Protocol):
+    """
+    A model with everything around it that the job uses. Samples are what ``model.decode`` returns,
+    along dim 0.
+    """
+
+    name: str
+    description: str
+    classes: tuple[str, ...]
+
+    def match_class(self, given: str | int) -> int:
+        """The index of a class, from what a user would type."""
+
+    def load(self, labels: Sequence[int], options: AlignOptions) -> Any:
+        """The model: without class, of one class, or with a plate ``"classes"`` of several."""
+
+    def rewards(self) -> dict[str, str]:
+        """The named rewards, with a line on each."""
+
+    def reward(self, name: str, argument: str) -> Reward:
+        """The reward ``name``, or ``name:argument``."""
+
+    def judge(self, samples: Tensor, label: int | None) -> Judgement:
+        """Judges samples that should be of a class, or of any."""
+
+    def judge_explained(self, with_class: bool) -> str:
+        """What the judge's score is, in one sentence."""
+
+    def distances(self, samples: Tensor) -> Tensor:
+        """Distances between samples, of shape ``(B, B)``."""
+
+    def distance_explained(self) -> str:
+        """What the distance is, in a few words."""
+
+    def pictures(self, samples: Tensor) -> list[np.ndarray[Any, Any]]:
+        """Each sample as a uint8 picture of shape ``(height, width, 3)``."""
+
+
+class ZooImages:
+    """
+    The image models of :mod:`pyro_twist.zoo`.
+
+    :param str name: One of :func:`pyro_twist.zoo.models`.
+    """
+
+    def __init__(self, name: str) -> None:
+        from pyro_twist import zoo
+
+        self.name = name
+        self._entry: Entry = zoo.entry(name)
+        self.description = self._entry.description
+        self.classes = self._entry.classes
+
+    def match_class(self, given: str | int) -> int:
+        """
+        The index of a class.
+
+        :param given: Its index, its name in any case, a part of the name, or one with a typo that
+            leaves no doubt.
+        :raises OptionError: If it is none or several.
+        """
+        return _match(given, self.classes, self.name)
+
+    def load(self, labels: Sequence[int], options: AlignOptions) -> Any:
+        """
+        Loads the model.
+
+        :param labels: The indices of the classes; one opens no plate, several open the plate
+            ``"classes"``, none samples without a class.
+        :param AlignOptions options: Guidance, steps, scheduler and chunk size are used.
+        """
+        from pyro_twist import zoo
+
+        if options.scheduler not in ("ddpm", "ddim"):
+            raise unknown("scheduler", options.scheduler, ("ddpm", "ddim"))
+        label = None if not labels else labels[0] if len(labels) == 1 else list(labels)
+        return zoo.load(
+            self.name,
+            label,
+            guidance_scale=options.guidance,
+            num_inference_steps=options.steps,
+            scheduler=options.scheduler,  # type: ignore[arg-type]
+            chunk_size=options.chunk_size,
+        )
+
+    def rewards(self) -> dict[str, str]:
+        """The named image rewards, and the log-probability of a class."""
+        from pyro_twist.rewards import image_rewards
+
+        told = {"class:NAME": "log-probability of a class of the model under its classifier, nats"}
+        return {**image_rewards(), **told}
+
+    def reward(self, name: str, argument: str) -> Reward:
+        """
+        Makes a reward.
+
+        :param str name: A name from :meth:`rewards`, without what is behind a colon.
+        :param str argument: What is behind the colon: ``"option=value,..."``, the value of the
+            only option, or the class.
+        :raises OptionError: If there is no such reward, option or class.
+        """
+        if name == "class":
+            return self._class_reward(argument)
+        from pyro_twist.rewards import image_reward, image_rewards
+
+        if name not in image_rewards():
+            raise unknown("reward", name, self.rewards())
+        try:
+            reward = image_reward(name, **_parse_options(name, argument))
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"--reward {name}:{argument}: {error}") from None
+        reward.name = f"{name}:{argument}" if argument else name
+        return reward
+
+    def _class_reward(self, argument: str) -> Reward:
+        from pyro_twist import zoo
+        from pyro_twist.rewards import classifier_log_prob
+
+        if not argument:
+            raise OptionError(
+                f"--reward class: needs a class of {self.name!r}, as in class:{self.classes[0]!r}"
+            )
+        label = self.match_class(argument)
+        reward = classifier_log_prob(zoo.classifier(self.name), label)
+        reward.name = f"class:{self.classes[label]}"
+        return reward
+
+    @cached_property
+    def _judge(self) -> Classifier:
+        from pyro_twist import zoo
+
+        return zoo.judge(self.name)
+
+    def judge(self, samples: Tensor, label: int | None) -> Judgement:
+        """
+        Judges images with a classifier built differently from the one that rewards may use.
+
+        :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
+        :param int label: The class that was asked for, or ``None``.
+        """
+        log_probs = self._judge(samples.float()).double().log_softmax(-1)
+        best, first = log_probs.max(-1)
+        if label is None:
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            return Judgement(best.exp(), {"confidence": best.exp(), "entropy": entropy})
+        log_prob = log_probs[:, label]
+        accuracy = (first == label).double()
+        details = {"probability": log_prob.exp(), "log_prob": log_prob, "accuracy": accuracy}
+        return Judgement(log_prob.exp(), details)
+
+    def judge_explained(self, with_class: bool) -> str:
+        """What the judge's score is."""
+        what = "the class asked for" if with_class else "the class it finds most likely"
+        return (
+            f"Mean probability that the judge, a classifier that no reward uses, gives to {what}; "
+            "1 is best. If it falls while the reward rises, the reward is being exploited."
+        )
+
+    def distances(self, samples: Tensor) -> Tensor:
+        """
+        Root mean squared differences of pixels.
+
+        :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
+        :returns: Of shape ``(B, B)``.
+        """
+        rows = samples.flatten(1).double()
+        # by differences: the expanded square would not give exact zeros for copies
+        exact = "donot_use_mm_for_euclid_dist"
+        return torch.cdist(rows, rows, compute_mode=exact) / rows.shape[1] ** 0.5
+
+    def distance_explained(self) -> str:
+        """What the distance is."""
+        return "the root mean squared difference of pixels in [0, 1]"
+
+    def pictures(self, samples: Tensor) -> list[np.ndarray[Any, Any]]:
+        """
+        Images as arrays.
+
+        :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
+        """
+        rgb = (samples.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        return list(rgb.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+
+def domains() -> dict[str, str]:
+    """
+    The models that the job can align.
+
+    :returns: A description of one line for each name.
+    """
+    from pyro_twist import zoo
+
+    return zoo.models()
+
+
+def find_domain(name: str) -> Domain:
+    """
+    The domain of a model.
+
+    :param str name: One of :func:`domains`.
+    :raises OptionError: If there is none of this name.
+    """
+    known = domains()
+    if name not in known:
+        raise unknown("model", name, known)
+    return ZooImages(name)
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[^a-z0-9]+", " ", text.lower().replace("&", " and ")).split())
+
+
+def _match(given: str | int, classes: Sequence[str], model: str) -> int:
+    names, wanted = [_plain(name) for name in classes], _plain(str(given))
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdigit() and int(wanted) < len(names):
+        return int(wanted)
+    if wanted:
+        starts = [i for i, name in enumerate(names) if name.startswith(wanted)]
+        inside = [i for i, name in enumerate(names) if f" {wanted}" in name]
+        if len(found := starts or inside) == 1:
+            return found[0]
+    listed = [f"{name} ({i})" if name != str(i) else name for i, name in enumerate(classes)]
+    raise _unknown_class(given, model, names, listed)
+
+
+def _unknown_class(
+    given: str | int, model: str, names: Sequence[str], listed: Sequence[str]
+) -> OptionError:
+    import difflib
+
+    words = {word: i for i, name in enumerate(names) for word in (*name.split(), name)}
+    close = difflib.get_close_matches(_plain(str(given)), words, 1)
+    meant = f", did you mean {listed[words[close[0]]]!r}?" if close else ";"
+    return OptionError(f"{model!r} has no class {str(given)!r}{meant} known are: {', '.join(listed)}")
+
+
+def _parse_options(name: str, argument: str) -> dict[str, Any]:
+    if not argument:
+        return {}
+    if "=" not in argument:
+        return {_only_option(name): _number_or_text(argument)}
+    pairs = [part.partition("=") for part in argument.split(",")]
+    return {key.strip(): _number_or_text(value.strip()) for key, _, value in pairs}
+
+
+def _only_option(name: str) -> str:
+    # what `colour:orange` or `compressible:50` mean
+    first = {"colour": "rgb", "compressible": "quality", "incompressible": "quality"}
+    return first.get(name, "axis" if name == "symmetric" else "option")
+
+
+def _number_or_text(text: str) -> Any:
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,170 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The options of the job, and how wrong ones are answered."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["AlignOptions", "OptionError", "unknown"]
+
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+
+class OptionError(ValueError):
+    """An option that cannot be; the message is one sentence that says what can."""
+
+
+def unknown(kind: str, value: Any, known: Iterable[str]) -> OptionError:
+    """
+    The answer to a name that does not exist.
+
+    :param str kind: What it should have been the name of.
+    :param value: What was given.
+    :param known: The names there are.
+    :returns: An error that lists them, and the nearest.
+    """
+    names = list(known)
+    lowered = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(str(value).lower(), lowered, 1)
+    meant = f", did you mean {lowered[close[0]]!r}?" if close else ";"
+    return OptionError(f"there is no {kind} {str(value)!r}{meant} known are: {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class AlignOptions:
+    """
+    What to align, to what, how strongly and with which means.
+
+    Names are looked up when the job starts, numbers are checked at once.
+
+    :param str model: The name of a model, such as ``"emoji"``.
+    :param rewards: Rewards to combine: names, ``"name:option=value"``, ``"class:NAME"``,
+        ``"module:function"`` or ``"file.py:function"``; from Python also callables and
+        :class:`~pyro_twist.rewards.Reward` objects.
+    :param classes: The classes to sample, each a population of its own; none for samples of any
+        class.
+    :param methods: The names of the methods; none for the usual ones.
+    :param strengths: How far to tilt, in standard deviations of the reward under the model: one
+        number, or one for each reward.
+    :param scales: Sets ``lambda`` directly instead, likewise.
+    :param float guidance: The strength of classifier-free guidance; by default the model's own.
+    :param int particles: The number of particles of each class and method.
+    :param int steps: The number of steps of the reverse process.
+    :param str scheduler: ``"ddpm"`` or ``"ddim"``.
+    :param int seed: The seed of everything random.
+    :param str resampling: The resampling scheme of the samplers.
+    :param float ess_threshold: Resample when the effective sample size is below this share.
+    :param int chunk_size: The most samples for one call of the network; by default all.
+    :param ~pathlib.Path out: The folder of the results.
+    :raises OptionError: If a number is out of range.
+    """
+
+    model: str = "emoji"
+    rewards: tuple[str | Callable[..., Any], ...] = ("red",)
+    classes: tuple[str | int, ...] = ()
+    methods: tuple[str, ...] = ()
+    strengths: tuple[float, ...] = (3.0,)
+    scales: tuple[float, ...] = ()
+    guidance: float | None = None
+    particles: int = 16
+    steps: int = 50
+    scheduler: str = "ddpm"
+    seed: int = 0
+    resampling: str = "systematic"
+    ess_threshold: float = 0.5
+    chunk_size: int | None = None
+    out: Path = Path("results/align")
+
+    def __post_init__(self) -> None:
+        self._check_range("particles", self.particles, 1, 1_000_000)
+        self._check_range("steps", self.steps, 1, MAX_STEPS)
+        self._check_range("seed", self.seed, 0, MAX_SEED)
+        self._check_range("ess-threshold", self.ess_threshold, 0, 1)
+        if self.chunk_size is not None:
+            self._check_range("chunk-size", self.chunk_size, 1, 1_000_000)
+        if self.guidance is not None:
+            self._check_range("guidance", self.guidance, -100, 100)
+        if not self.rewards:
+            raise OptionError("at least one --reward is needed")
+        self._check_numbers("strength", self.strengths)
+        if self.scales:
+            self._check_numbers("scale", self.scales)
+
+    @staticmethod
+    def _check_range(name: str, value: float, low: float, high: float) -> None:
+        if not low <= value <= high:
+            raise OptionError(f"--{name} is {value:g}; give a number from {low:g} to {high:g}")
+
+    def _check_numbers(self, name: str, values: Sequence[float]) -> None:
+        if not all(math.isfinite(value) for value in values):
+            raise OptionError(f"--{name} must be finite, got {', '.join(map(str, values))}")
+        if len(values) not in (1, len(self.rewards)):
+            raise OptionError(
+                f"--{name} is given {len(values)} times for {len(self.rewards)} rewards; give it "
+                "once, or once for each reward in the same order"
+            )
+
+    def prepare_folder(self) -> None:
+        """
+        Makes the folder of the results.
+
+        :raises OptionError: If that is impossible, or nothing can be written there.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            probe = self.out / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise OptionError(
+                f"--out {str(self.out)!r} cannot be written to ({reason}); choose another folder"
+            ) from None
+
+    def command(self) -> str:
+        """The command line that does the same; options left at their defaults are left out."""
+        words = ["pyro-twist", "align", self.model]
+        for name in _FLAGS:
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if value != default or name == "rewards":
+                flag = "--" + _FLAGS[name]
+                values = value if isinstance(value, tuple) else (value,)
+                words += [word for one in values for word in (flag, _word(one))]
+        return shlex.join(words)
+
+
+_FLAGS = {
+    "rewards": "reward",
+    "classes": "class",
+    "methods": "method",
+    "strengths": "strength",
+    "scales": "scale",
+    "guidance": "guidance",
+    "particles": "particles",
+    "steps": "steps",
+    "scheduler": "scheduler",
+    "seed": "seed",
+    "resampling": "resampling",
+    "ess_threshold": "ess-threshold",
+    "chunk_size": "chunk-size",
+    "out": "out",
+}
+_DEFAULTS = {field.name: field.default for field in fields(AlignOptions)}
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if callable(value):
+        return f"{getattr(value, '__module__', '?')}:{getattr(value, '__name__', 'reward')}"
+    return str(value)

@@ -1,0 +1,104 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""From what the user asked for to reward objects."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyro_twist.align.domains import Domain
+from pyro_twist.align.options import OptionError
+from pyro_twist.rewards import Reward
+
+__all__ = ["load_function", "make_rewards"]
+
+
+def make_rewards(domain: Domain, given: Sequence[str | Callable[..., Any]]) -> dict[str, Reward]:
+    """
+    Makes the rewards of a job, by name.
+
+    :param Domain domain: Knows its own rewards.
+    :param given: What the user asked for.
+    :raises OptionError: If one does not exist, cannot be imported or is given twice.
+    """
+    made: dict[str, Reward] = {}
+    for one in given:
+        reward = _make(domain, one)
+        if reward.name in made:
+            raise OptionError(f"--reward {reward.name} is given twice; use --scale to weigh it")
+        made[reward.name] = reward
+    return made
+
+
+def _make(domain: Domain, given: str | Callable[..., Any]) -> Reward:
+    if isinstance(given, Reward):
+        return given
+    if not isinstance(given, str):
+        return Reward(given)
+    name, colon, argument = given.strip().partition(":")
+    if not colon or name in {known.partition(":")[0] for known in domain.rewards()}:
+        return domain.reward(name.strip(), argument.strip())
+    function = load_function(given)
+    return function if isinstance(function, Reward) else Reward(function)
+
+
+def load_function(path: str) -> Any:
+    """
+    Imports a function of the user's own.
+
+    :param str path: ``"package.module:function"``, found as Python would from the current folder,
+        or ``"path/to/file.py:function"``.
+    :returns: The function, or whatever callable has that name.
+    :raises OptionError: If the module or the function cannot be had.
+    """
+    place, _, name = path.strip().rpartition(":")
+    module = _load_module(path, place)
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    if value is None:
+        raise OptionError(f"--reward {path}: {place!r} was imported but has no {name!r}")
+    if not callable(value):
+        raise OptionError(
+            f"--reward {path}: {name!r} is no function but {type(value).__name__}; a reward takes "
+            "a batch of samples and returns one number for each"
+        )
+    return value
+
+
+def _load_module(path: str, place: str) -> Any:
+    try:
+        if place.endswith(".py"):
+            return _from_file(Path(place))
+        return _from_name(place)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise OptionError(
+            f"--reward {path}: no reward is called {path.partition(':')[0]!r}, and "
+            f"importing {place!r} failed with {told}"
+        ) from error
+
+
+def _from_name(place: str) -> Any:
+    # An installed command, unlike `python -m`, does not look in the current folder.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return importlib.import_module(place)
+
+
+def _from_file(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {str(file)!r}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{str(file)!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

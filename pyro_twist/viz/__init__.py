@@ -1,0 +1,24 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Pictures of samples, plots of rewards and diagnostics, and self-contained HTML pages of them.
+
+Nothing here knows how the samples came about; matplotlib and PIL are loaded on first use.
+"""
+
+from pyro_twist.viz.grid import PictureRow, PictureSection, picture_grid
+from pyro_twist.viz.page import Figure, Page, Section, Table
+from pyro_twist.viz.plots import WeightedValues, plot_rewards
+
+__all__ = [
+    "Figure",
+    "Page",
+    "PictureRow",
+    "PictureSection",
+    "Section",
+    "Table",
+    "WeightedValues",
+    "picture_grid",
+    "plot_rewards",
+]
