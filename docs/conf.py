@@ -38,6 +38,7 @@ autodoc_preserve_defaults = True
 # References into this package must resolve; those to other projects need no network to build.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!pyro_twist\b).*")]
+nitpick_ignore = [("py:class", "pyro_twist.align.methods.Runnable")]
 python_use_unqualified_type_names = True
 
 html_theme = "furo"

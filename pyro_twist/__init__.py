@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_twist import diffusion, infer, rewards, twists, viz, zoo
+    from pyro_twist import align, diffusion, infer, rewards, twists, viz, zoo
     from pyro_twist.diffusion import GaussianDenoiser, GaussianDiffusion, GaussianMixtureDenoiser
     from pyro_twist.infer import BestOfN, ImportanceSampling, SMCResult, TwistedSMC
     from pyro_twist.rewards import (
@@ -46,6 +46,7 @@ __all__ = [
     "Twist",
     "TwistedSMC",
     "__version__",
+    "align",
     "diffusion",
     "image_reward",
     "infer",
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "align": (),
     "diffusion": ("GaussianDenoiser", "GaussianDiffusion", "GaussianMixtureDenoiser"),
     "infer": ("BestOfN", "ImportanceSampling", "SMCResult", "TwistedSMC"),
     "rewards": (

@@ -50,6 +50,7 @@ class Domain(Protocol):
     name: str
     description: str
     classes: tuple[str, ...]
+    default_reward: str
 
     def match_class(self, given: str | int) -> int:
         """The index of a class, from what a user would type."""
@@ -93,6 +94,7 @@ class ZooImages:
         self._entry: Entry = zoo.entry(name)
         self.description = self._entry.description
         self.classes = self._entry.classes
+        self.default_reward = "bright" if self._entry.event_shape[0] == 1 else "red"
 
     def match_class(self, given: str | int) -> int:
         """
@@ -151,7 +153,7 @@ class ZooImages:
         try:
             reward = image_reward(name, **_parse_options(name, argument))
         except (TypeError, ValueError) as error:
-            raise OptionError(f"--reward {name}:{argument}: {error}") from None
+            raise OptionError(f"--reward {name}: {error}") from None
         reward.name = f"{name}:{argument}" if argument else name
         return reward
 
@@ -161,7 +163,7 @@ class ZooImages:
 
         if not argument:
             raise OptionError(
-                f"--reward class: needs a class of {self.name!r}, as in class:{self.classes[0]!r}"
+                f"--reward class: needs a class of {self.name!r}, as in class:{self.classes[0]}"
             )
         label = self.match_class(argument)
         reward = classifier_log_prob(zoo.classifier(self.name), label)
@@ -275,8 +277,8 @@ def _unknown_class(
 
     words = {word: i for i, name in enumerate(names) for word in (*name.split(), name)}
     close = difflib.get_close_matches(_plain(str(given)), words, 1)
-    meant = f", did you mean {listed[words[close[0]]]!r}?" if close else ";"
-    return OptionError(f"{model!r} has no class {str(given)!r}{meant} known are: {', '.join(listed)}")
+    meant = f" (did you mean {listed[words[close[0]]]!r}?)" if close else ""
+    return OptionError(f"{model!r} has no class {str(given)!r}{meant}; it has {', '.join(listed)}")
 
 
 def _parse_options(name: str, argument: str) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def unknown(kind: str, value: Any, known: Iterable[str]) -> OptionError:
     names = list(known)
     lowered = {name.lower(): name for name in names}
     close = difflib.get_close_matches(str(value).lower(), lowered, 1)
-    meant = f", did you mean {lowered[close[0]]!r}?" if close else ";"
-    return OptionError(f"there is no {kind} {str(value)!r}{meant} known are: {', '.join(names)}")
+    meant = f" (did you mean {lowered[close[0]]!r}?)" if close else ""
+    return OptionError(f"no {kind} {str(value)!r}{meant}; there are: {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class AlignOptions:
     :param str model: The name of a model, such as ``"emoji"``.
     :param rewards: Rewards to combine: names, ``"name:option=value"``, ``"class:NAME"``,
         ``"module:function"`` or ``"file.py:function"``; from Python also callables and
-        :class:`~pyro_twist.rewards.Reward` objects.
+        :class:`~pyro_twist.rewards.Reward` objects; none for the model's usual one.
     :param classes: The classes to sample, each a population of its own; none for samples of any
         class.
     :param methods: The names of the methods; none for the usual ones.
@@ -70,7 +70,7 @@ class AlignOptions:
     """
 
     model: str = "emoji"
-    rewards: tuple[str | Callable[..., Any], ...] = ("red",)
+    rewards: tuple[str | Callable[..., Any], ...] = ()
     classes: tuple[str | int, ...] = ()
     methods: tuple[str, ...] = ()
     strengths: tuple[float, ...] = (3.0,)
@@ -94,8 +94,6 @@ class AlignOptions:
             self._check_range("chunk-size", self.chunk_size, 1, 1_000_000)
         if self.guidance is not None:
             self._check_range("guidance", self.guidance, -100, 100)
-        if not self.rewards:
-            raise OptionError("at least one --reward is needed")
         self._check_numbers("strength", self.strengths)
         if self.scales:
             self._check_numbers("scale", self.scales)
@@ -103,15 +101,15 @@ class AlignOptions:
     @staticmethod
     def _check_range(name: str, value: float, low: float, high: float) -> None:
         if not low <= value <= high:
-            raise OptionError(f"--{name} is {value:g}; give a number from {low:g} to {high:g}")
+            raise OptionError(f"--{name} is {value:g}; give a number from {low:,} to {high:,}")
 
     def _check_numbers(self, name: str, values: Sequence[float]) -> None:
         if not all(math.isfinite(value) for value in values):
             raise OptionError(f"--{name} must be finite, got {', '.join(map(str, values))}")
-        if len(values) not in (1, len(self.rewards)):
+        if len(values) not in (1, max(1, len(self.rewards))):
             raise OptionError(
-                f"--{name} is given {len(values)} times for {len(self.rewards)} rewards; give it "
-                "once, or once for each reward in the same order"
+                f"--{name} is given {len(values)} times; give it once, or once for each --reward "
+                "in the same order"
             )
 
     def prepare_folder(self) -> None:

@@ -6,6 +6,8 @@
 from pyro_twist.infer.baselines import BestOfN, ImportanceSampling
 from pyro_twist.infer.resampling import RESAMPLING, get_resampling, register_resampling
 from pyro_twist.infer.result import Diagnostics, SMCResult
+from pyro_twist.infer.trustregion import Tempering, dual_temper, temper
+from pyro_twist.infer.trustregiontwist import Iteration, TrustRegionTwist, default_twist, pool
 from pyro_twist.infer.twistedsmc import SMCFailed, TwistedSMC
 
 __all__ = [
@@ -13,9 +15,16 @@ __all__ = [
     "BestOfN",
     "Diagnostics",
     "ImportanceSampling",
+    "Iteration",
     "SMCFailed",
     "SMCResult",
+    "Tempering",
+    "TrustRegionTwist",
     "TwistedSMC",
+    "default_twist",
+    "dual_temper",
     "get_resampling",
+    "pool",
     "register_resampling",
+    "temper",
 ]

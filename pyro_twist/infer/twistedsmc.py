@@ -133,6 +133,7 @@ class TwistedSMC(SMCFilter):
         self._log_twist: torch.Tensor | None = None
         self._log_normalizer = torch.zeros((), dtype=torch.float64)
         self._record = Record(self.history)
+        self._memory: dict[str, torch.Tensor] = {}
         self._counts = Counter(self._model_counts())
         self._seconds = 0.0
         self._num_steps = -1
@@ -155,12 +156,15 @@ class TwistedSMC(SMCFilter):
                 "particles. Put the plate inside the model and name it population_plate."
             )
         self._reset()
-        self._stream.restart()
+        self._restart_stream()
         with poutine.block():
             self.particle_plate = pyro.plate(
                 "particles", self.num_particles, dim=-1 - self.max_plate_nesting
             )
         self._move("init", args, kwargs)
+
+    def _restart_stream(self) -> None:
+        self._stream.restart()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """
@@ -245,19 +249,20 @@ class TwistedSMC(SMCFilter):
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Puts the particles back if a step fails half-way."""
-        entries, log_weights = dict(self.state), self.state._log_weights
+        entries, memory = dict(self.state), dict(self._memory)
+        log_weights = self.state._log_weights
         twist, normalizer = self._log_twist, self._log_normalizer
         try:
             yield
         except BaseException:
             self.state.clear()
             self.state.update(entries)
-            self.state._log_weights = log_weights
+            self.state._log_weights, self._memory = log_weights, memory
             self._log_twist, self._log_normalizer = twist, normalizer
             raise
 
     def _propagate(self, method: str, args: Any, kwargs: Any) -> list[Increment]:
-        run = getattr(self.model, method)
+        run, before = getattr(self.model, method), dict(self.state)
         with poutine.block(hide_types=["sample", "observe"]):
             if self.guide is None or isinstance(self.guide, GuideMessenger):
                 trace, found = effect_increments(
@@ -269,8 +274,14 @@ class TwistedSMC(SMCFilter):
                 )
         if method == "init":
             self._allocate(trace)
-        self._record.keep_sites(trace)
+        self._observe(trace, before, args, kwargs)
         return [self._reducer(increment) for increment in found]
+
+    def _observe(
+        self, trace: poutine.Trace, before: dict[Any, Any], args: Any, kwargs: Any
+    ) -> None:
+        """Sees every step's trace and the state before it; for what a subclass wants to keep."""
+        self._record.keep_sites(trace)
 
     def _allocate(self, trace: poutine.Trace) -> None:
         """Makes the weights, now that device and populations are known."""
@@ -367,6 +378,8 @@ class TwistedSMC(SMCFilter):
     def _resample(self, index: torch.Tensor, chosen: torch.Tensor) -> None:
         """Moves everything that belongs to a particle along with it."""
         self.state._resample(index)
+        for key, value in self._memory.items():
+            self._memory[key] = take_ancestors(value, index)
         if self._log_twist is not None:
             self._log_twist = take_ancestors(self._log_twist, index)
         log_n = math.log(self.num_particles)
@@ -446,6 +459,7 @@ class TwistedSMC(SMCFilter):
             "state": dict(self.state),
             "log_weights": self.state._log_weights,
             "log_twist": self._log_twist,
+            "memory": dict(self._memory),
             "log_normalizer": self._log_normalizer,
             "population_axis": self.state.population_axis,
             "reducer": self._reducer.state_dict(),
@@ -471,6 +485,7 @@ class TwistedSMC(SMCFilter):
         self.state.update(saved["state"])
         self.state._log_weights = saved["log_weights"]
         self.state.population_axis = saved["population_axis"]
+        self._memory = dict(saved["memory"])
         self._log_twist, self._log_normalizer = saved["log_twist"], saved["log_normalizer"]
         self._reducer.load_state_dict(saved["reducer"])
         self._record.load_state_dict(saved["record"])

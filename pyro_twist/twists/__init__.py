@@ -3,17 +3,37 @@
 
 """Guides that look ahead, and the tilting of distributions they are made of."""
 
+from pyro_twist.twists.families import NeuralTwist, QuadraticTwist, ShiftTwist, low_frequencies
+from pyro_twist.twists.ladder import CalibratedLookahead
+from pyro_twist.twists.learned import LearnedTwist, LinearTwist, fit_likelihood, learned_parts
 from pyro_twist.twists.lookahead import LookaheadTwist
+from pyro_twist.twists.paths import Pass, Paths, PathStep
+from pyro_twist.twists.regression import KernelRidge
+from pyro_twist.twists.surrogate import SurrogateTwist
 from pyro_twist.twists.tilting import log_normalizer, log_ratio, register_tilt, tilt
 from pyro_twist.twists.twist import SumTwist, Twist, Twisted
 
 __all__ = [
+    "CalibratedLookahead",
+    "KernelRidge",
+    "LearnedTwist",
+    "LinearTwist",
     "LookaheadTwist",
+    "NeuralTwist",
+    "Pass",
+    "PathStep",
+    "Paths",
+    "QuadraticTwist",
+    "ShiftTwist",
     "SumTwist",
+    "SurrogateTwist",
     "Twist",
     "Twisted",
+    "fit_likelihood",
+    "learned_parts",
     "log_normalizer",
     "log_ratio",
+    "low_frequencies",
     "register_tilt",
     "tilt",
 ]

@@ -84,16 +84,17 @@ class LookaheadTwist(Twist):
         """See :meth:`Twist.log_twist`; keeps its running sums in ``state``."""
         now = self.model.timesteps[0] if t is None else t - 1
         if now in self.schedule:
-            self._look(state)
+            self._look(state, now)
         return state.get("lookahead_log_twist", 0.0)
 
-    def _look(self, state: Any) -> None:
+    def _look(self, state: Any, now: int) -> None:
         value = _floored(log_potential(self.model, state, state["x0_hat"]), self.floor)
         if self.potential == "max" and "lookahead" in state:
             value = torch.maximum(value, state["lookahead"])
         if self.potential == "sum" and "lookahead" in state:
             value = value + state["lookahead"]
         state["lookahead"] = value
+        state["lookahead_time"] = torch.full_like(value, now)
         if self.potential != "diff" and "lookahead_log_twist" in state:
             value = value + state["lookahead_log_twist"]
         state["lookahead_log_twist"] = value

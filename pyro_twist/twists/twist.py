@@ -89,17 +89,18 @@ class SumTwist(Twist):
         super().__init__(twists[0].model)
         self.twists = torch.nn.ModuleList(twists)
 
-    def _parts(self) -> list[Twist]:
+    def parts(self) -> list[Twist]:
+        """The twists that are multiplied."""
         return [part for part in self.twists if isinstance(part, Twist)]
 
     def get_posterior(self, name: str, prior: Any) -> Any:
-        for twist in self._parts():
+        for twist in self.parts():
             twist.args_kwargs = self.args_kwargs
             prior = twist.get_posterior(name, prior)
         return prior
 
     def log_twist(self, state: Any, *args: Any, **kwargs: Any) -> torch.Tensor | float:
-        values = [twist.log_twist(state, *args, **kwargs) for twist in self._parts()]
+        values = [twist.log_twist(state, *args, **kwargs) for twist in self.parts()]
         return sum(values[1:], start=values[0])
 
 

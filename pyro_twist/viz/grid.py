@@ -19,7 +19,7 @@ __all__ = ["PictureRow", "PictureSection", "picture_grid"]
 
 Pixels = np.ndarray[Any, Any]
 
-INK, SOFT, PAPER, LINE = "#1f2933", "#616e7c", "#ffffff", "#cbd2d9"
+INK, SOFT, PALE, PAPER, LINE = "#1f2933", "#616e7c", "#9aa5b1", "#ffffff", "#cbd2d9"
 MARGIN, GAP, LABEL_WIDTH, CAPTION, HEADING = 20, 8, 180, 20, 40
 LABEL_SIZE, NOTE_SIZE, HEADING_SIZE = 17, 13, 19
 
@@ -124,7 +124,7 @@ def _draw_row(image: Image, draw: ImageDraw, row: PictureRow, top: int, cell: in
         draw.rectangle((left - 1, top - 1, left + cell, top + cell), outline=LINE)
         if row.captions:
             middle = (left + cell // 2, top + cell + 3)
-            _text(draw, middle, row.captions[place], NOTE_SIZE, LINE if pale else SOFT, anchor="ma")
+            _text(draw, middle, row.captions[place], NOTE_SIZE, PALE if pale else SOFT, anchor="ma")
 
 
 def _enlarged(pixels: Pixels, cell: int, pale: bool) -> Image:

@@ -40,16 +40,18 @@ class Figure:
 @dataclass(frozen=True)
 class Table:
     """
-    A table, all columns but the first right-aligned.
+    A table; numbers are right-aligned.
 
     :param columns: The headings.
     :param rows: The cells, already formatted.
     :param explanations: A sentence for each column, listed below the table and shown on hovering.
+    :param bool prose: Whether the cells are text, to be left-aligned and wrapped.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     explanations: Sequence[str] = ()
+    prose: bool = False
 
     def to_html(self) -> str:
         """The table, in a box that scrolls sideways on narrow screens."""
@@ -62,7 +64,8 @@ class Table:
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self.rows
         )
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        kind = ' class="prose"' if self.prose else ""
+        table = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         return f'<div class="scroll">{table}</div>{self._legend()}'
 
     def _legend(self) -> str:
@@ -80,15 +83,19 @@ class Section:
 
     :param str heading: The heading.
     :param parts: Strings, which become paragraphs, tables and figures, in order.
+    :param bool side_by_side: Whether figures are put in two columns where there is room.
     """
 
     heading: str
     parts: Sequence[str | Table | Figure] = ()
+    side_by_side: bool = False
 
     def to_html(self) -> str:
         """The section."""
         parts = [p if isinstance(p, str) else p.to_html() for p in map(_paragraph, self.parts)]
-        return f"<section><h2>{escape(self.heading)}</h2>{''.join(parts)}</section>"
+        body = "".join(parts)
+        body = f'<div class="columns">{body}</div>' if self.side_by_side else body
+        return f"<section><h2>{escape(self.heading)}</h2>{body}</section>"
 
 
 def _paragraph(part: str | Table | Figure) -> str | Table | Figure:
@@ -139,7 +146,9 @@ class Page:
             else "",
             f"<footer>{escape(self.footer)}</footer>" if self.footer else "",
         ]
-        return _FRAME.format(title=escape(self.title), style=_STYLE, body="\n".join(filter(None, parts)))
+        return _FRAME.format(
+            title=escape(self.title), style=_STYLE, body="\n".join(filter(None, parts))
+        )
 
 
 def png_bytes(content: Any) -> bytes:
@@ -194,6 +203,10 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 12px; 
 section p { max-width: 75em; }
 figure { margin: 12px 0 4px; }
 figure + figure { margin-top: 28px; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+  gap: 8px 28px; }
+.columns > p { grid-column: 1 / -1; margin: 0; }
+.columns figure { margin: 12px 0 4px; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: 8px; max-width: 75em; }
 .scroll { overflow-x: auto; margin: 8px 0 4px; }
@@ -204,6 +217,8 @@ td { text-align: right; white-space: nowrap; }
 th, td { padding: 8px 10px; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 td:first-child { font-weight: 600; }
+.prose th, .prose td { text-align: left; }
+.prose td:last-child { white-space: normal; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: .9rem;
   margin: 16px 0 0; }
 dt { font-weight: 600; }

@@ -98,8 +98,8 @@ def _draw_method(axis: Axes, place: int, method: WeightedValues) -> None:
     axis.scatter(values, heights, areas, color=colour, alpha=0.45, linewidth=0)
     dead = method.values[finite & ~alive]
     axis.plot(dead, np.full(len(dead), float(place)), "x", color=SOFT, markersize=4)
-    if len(values):
-        mean = _mean(method)
+    mean = _mean(method)
+    if np.isfinite(mean):
         axis.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2)
 
 

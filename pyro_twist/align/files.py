@@ -1,0 +1,124 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The files of a job that hold numbers: samples as ``.npz`` and everything else as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyro_twist.align.methods import find_methods
+from pyro_twist.align.outcome import Arm, Outcome, versions
+
+__all__ = ["save_arm", "save_results"]
+
+
+def save_arm(arm: Arm, outcome: Outcome) -> Path:
+    """
+    Writes the samples of a method, their rewards and weights, to ``samples/<method>.npz``.
+
+    Arrays are ``samples``, ``log_weights`` and ``weights`` and, for each reward, ``reward:<name>``,
+    all of shape ``(num_particles, num_populations)`` with the sample's shape behind; ``about`` is
+    JSON.
+
+    :returns: The file.
+    """
+    folder = outcome.options.out / "samples"
+    folder.mkdir(exist_ok=True)
+    about = {
+        "method": arm.method.name,
+        "returns": arm.method.returns,
+        "classes": outcome.labels,
+        "scales": {strength.name: strength.scale for strength in outcome.strengths},
+        "command": outcome.options.command(),
+    }
+    path = folder / f"{arm.method.name}.npz"
+    tensors = {"samples": arm.samples.float(), "weights": arm.weights}
+    tensors["log_weights"] = arm.log_weights
+    tensors |= {f"reward:{name}": values for name, values in arm.rewards.items()}
+    arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in tensors.items()}
+    np.savez_compressed(path, about=np.array(json.dumps(about)), **arrays)
+    return path
+
+
+def save_results(outcome: Outcome) -> Path:
+    """
+    Writes ``results.json``: options, strengths, and every figure of every method.
+
+    :returns: The file.
+    """
+    path = outcome.options.out / "results.json"
+    partial = path.with_suffix(".json.part")
+    text = json.dumps(_finite(_as_dict(outcome)), indent=2, ensure_ascii=False, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _as_dict(outcome: Outcome) -> dict[str, Any]:
+    from pyro_twist.align.options import _word
+
+    options = {**asdict(outcome.options), "out": str(outcome.options.out)}
+    options["rewards"] = [_word(reward) for reward in outcome.options.rewards]
+    options["methods"] = [method.name for method in find_methods(outcome.options.methods)]
+    return {
+        "command": outcome.options.command(),
+        "started": outcome.started,
+        "seconds": round(outcome.seconds, 3),
+        "error": outcome.error or None,
+        "options": options,
+        "model": {"name": outcome.domain.name, "description": outcome.domain.description},
+        "classes": [label for label in outcome.labels if label],
+        "guidance": outcome.guidance,
+        "rewards": [asdict(strength) for strength in outcome.strengths],
+        "calibration_calls": dict(outcome.calibration),
+        "methods": [_arm_as_dict(arm, outcome) for arm in outcome.arms],
+        "failed": outcome.failures,
+        "versions": versions(),
+    }
+
+
+def _arm_as_dict(arm: Arm, outcome: Outcome) -> dict[str, Any]:
+    scores = [
+        {**asdict(score), "relative_diversity": outcome.relative_diversity(arm, place)}
+        for place, score in enumerate(arm.scores)
+    ]
+    return {
+        "name": arm.method.name,
+        "title": arm.method.title,
+        "returns": arm.method.returns,
+        "calls": dict(arm.counts),
+        "seconds": round(arm.seconds, 3),
+        "scores": scores,
+        "steps": _steps(arm),
+    }
+
+
+def _steps(arm: Arm) -> dict[str, Any] | None:
+    diagnostics = arm.result.diagnostics
+    if diagnostics is None or not arm.method.tilted or arm.method.returns == "a maximiser":
+        return None
+    series = {
+        "ess": diagnostics.ess,
+        "log_normalizer": diagnostics.log_normalizer,
+        "increments": diagnostics.increments,
+    }
+    steps: dict[str, Any] = {name: value.tolist() for name, value in series.items()}
+    return {**steps, "resampled": diagnostics.resampled.tolist()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities and no NaN; the first become strings, the last ``null``."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

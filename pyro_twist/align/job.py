@@ -1,0 +1,320 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Runs every method on one tilted model, with one budget."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_twist.align.domains import Domain, find_domain
+from pyro_twist.align.methods import Method, Setting, find_methods
+from pyro_twist.align.options import AlignOptions, OptionError, unknown
+from pyro_twist.align.outcome import Arm, Outcome, Strength, as_matrix, score_arm
+from pyro_twist.align.userrewards import make_rewards
+from pyro_twist.infer import RESAMPLING, ImportanceSampling, SMCFailed, SMCResult
+from pyro_twist.rewards import Reward, RewardTilted
+
+__all__ = ["AlignmentFailed", "Progress", "ScoredModel", "run"]
+
+# fewer samples say too little about a standard deviation
+PILOT_SIZE = 16
+RESERVED = ("objective", "lookahead", "lookahead_log_twist")
+
+
+class AlignmentFailed(RuntimeError):
+    """
+    The job ended early.
+
+    :param str message: Why, in one sentence.
+    :param Outcome outcome: What had finished before.
+    """
+
+    def __init__(self, message: str, outcome: Outcome) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+class Progress:
+    """What the job tells while it runs; subclass it to show that."""
+
+    def begin(self, title: str, total: int) -> None:
+        """A method begins that is to evaluate the denoiser ``total`` times."""
+
+    def advance(self, done: int, ess: float, log_normalizer: float) -> None:
+        """The denoiser has been evaluated ``done`` times; the others are means over classes."""
+
+    def end(self) -> None:
+        """The method has ended, or failed."""
+
+
+class ScoredModel(RewardTilted):
+    """
+    A tilted model that ends with the sum of the scaled rewards in ``state["objective"]``.
+
+    :param model: As for :class:`~pyro_twist.rewards.RewardTilted`, and so are ``reward`` and
+        ``scale``.
+    """
+
+    def __init__(self, model: Any, reward: Any, scale: Any = 1.0) -> None:
+        super().__init__(model, reward, scale)
+        self.on_step: Callable[[], None] | None = None
+
+    def step(self, state: Any, t: int, *args: Any, **kwargs: Any) -> None:
+        """See :meth:`~pyro_twist.rewards.Tilted.step`."""
+        super().step(state, t, *args, **kwargs)
+        if t == self.timesteps[-1]:
+            state["objective"] = objective(
+                {name: state[name] for name in self.rewards}, self.scales
+            )
+        if self.on_step is not None:
+            self.on_step()
+
+
+def objective(values: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
+    """The sum of the scaled rewards; a scale of 0 switches a reward off, even minus infinity."""
+    terms = [scales[name] * value for name, value in values.items() if scales[name] != 0]
+    zero = torch.zeros_like(next(iter(values.values())))
+    return sum(terms, start=zero)
+
+
+def run(options: AlignOptions, *, progress: Progress | None = None, save: bool = True) -> Outcome:
+    """
+    Runs the job.
+
+    :param AlignOptions options: What to do.
+    :param Progress progress: Is told how far the job is.
+    :param bool save: Whether to write the samples and figures of each method to ``options.out``
+        as soon as it has finished.
+    :returns: What was found; :func:`~pyro_twist.align.write_report` makes pictures of it.
+    :raises OptionError: If an option cannot be, before anything is computed.
+    :raises AlignmentFailed: If a reward fails half-way; it has what was found before.
+    """
+    if save:
+        options.prepare_folder()
+    return _Job(options, progress or Progress(), save).run()
+
+
+class _Job:
+    def __init__(self, options: AlignOptions, progress: Progress, save: bool) -> None:
+        self.progress, self.save = progress, save
+        self.methods = find_methods(options.methods)
+        if options.resampling not in (*RESAMPLING, "none"):
+            raise unknown("resampling scheme", options.resampling, [*RESAMPLING, "none"])
+        self.domain: Domain = find_domain(options.model)
+        options = replace(options, rewards=options.rewards or (self.domain.default_reward,))
+        self.options = options
+        self.indices = _class_indices(self.domain, options)
+        self.rewards = make_rewards(self.domain, options.rewards)
+        _check_names(self.rewards)
+        self.model = self.domain.load(self.indices, options)
+        names = tuple(self.domain.classes[i] for i in self.indices) or ("",)
+        guidance = float(self.model.denoiser.guidance_scale)
+        self.outcome = Outcome(options, self.domain, names, guidance)
+        self.outcome.started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def has_plate(self) -> bool:
+        return len(self.indices) > 1
+
+    def run(self) -> Outcome:
+        start = time.perf_counter()
+        try:
+            for method in sorted(self.methods, key=lambda method: method.tilted):
+                if method.tilted and not self.outcome.strengths:
+                    self.outcome.strengths = self._strengths()
+                self._attempt(method)
+        except ValueError as error:
+            self.outcome.error = _told(error)
+        except KeyboardInterrupt:
+            self.outcome.error = "interrupted"
+        self.outcome.seconds = time.perf_counter() - start
+        self._finish()
+        if self.outcome.error:
+            raise AlignmentFailed(self.outcome.error, self.outcome)
+        return self.outcome
+
+    def _finish(self) -> None:
+        """Only now is the strength known to the arms that ran before it."""
+        if not self.outcome.strengths and self.outcome.arms and not self.outcome.error:
+            self.outcome.strengths = self._strengths()
+        scales = self._scales()
+        for place, arm in enumerate(self.outcome.arms):
+            if not arm.method.tilted and self.outcome.strengths:
+                scored = replace(arm, objective=objective(arm.rewards, scales))
+                scores = score_arm(scored, self.domain, self.outcome.labels, self.indices)
+                self.outcome.arms[place] = replace(scored, scores=tuple(scores))
+        self._write()
+
+    def _attempt(self, method: Method) -> None:
+        try:
+            arm = self._arm(method)
+        except SMCFailed as error:
+            self.outcome.failures[method.name] = _told(error)
+            return
+        self.outcome.arms.append(arm)
+        self._write(arm)
+
+    def _arm(self, method: Method) -> Arm:
+        model = ScoredModel(self.model, self.rewards, self._scales(method.tilted))
+        setting = self._setting(model, method.name, self.options.particles)
+        result = self._run(method.make(setting), setting, method.title)
+        arm = self._read(method, result)
+        scores = score_arm(arm, self.domain, self.outcome.labels, self.indices)
+        return replace(arm, scores=tuple(scores))
+
+    def _setting(self, model: Any, name: str, num_particles: int) -> Setting:
+        return Setting(
+            model=model,
+            num_particles=num_particles,
+            max_plate_nesting=int(self.has_plate),
+            population_plate="classes" if self.has_plate else None,
+            # its own stream, so that lambda, which the base samples set, is independent of it
+            seed=zlib.crc32(f"{self.options.seed}/{name}".encode()),
+            resampling=self.options.resampling,
+            ess_threshold=self.options.ess_threshold,
+        )
+
+    def _run(self, engine: Any, setting: Setting, title: str) -> SMCResult:
+        model = setting.model
+        before = model.counts["denoiser"]
+        size = setting.num_particles * len(self.outcome.labels)
+        self.progress.begin(title, size * len(model.timesteps))
+
+        def on_step() -> None:
+            done = model.counts["denoiser"] - before
+            ess, log_z = engine.get_ESS().mean().item(), engine.get_log_normalizer().mean().item()
+            self.progress.advance(done, ess, log_z)
+
+        model.on_step = on_step if hasattr(engine, "get_ESS") else None
+        try:
+            result: SMCResult = engine.run()
+            return result
+        finally:
+            self.progress.end()
+
+    def _read(self, method: Method, result: SMCResult) -> Arm:
+        plate = self.has_plate
+        rewards = {name: as_matrix(result.state[name], plate) for name in self.rewards}
+        weights = as_matrix(result.get_normalized_weights(), plate)
+        if method.returns == "a maximiser":
+            weights = torch.zeros_like(weights)
+            weights[0] = 1.0
+        return Arm(
+            method=method,
+            samples=as_matrix(self.model.decode(result.state["x"]), plate),
+            rewards=rewards,
+            objective=objective(rewards, self._scales(method.tilted)),
+            weights=weights,
+            log_weights=as_matrix(result.log_weights, plate),
+            result=result,
+        )
+
+    # lambda
+
+    def _scales(self, tilted: bool = True) -> dict[str, float]:
+        if not tilted or not self.outcome.strengths:
+            return dict.fromkeys(self.rewards, 0.0)
+        return {strength.name: strength.scale for strength in self.outcome.strengths}
+
+    def _strengths(self) -> list[Strength]:
+        names, scales = tuple(self.rewards), self.options.scales
+        values = self._base_values(needed=not scales)
+        if scales:
+            given = scales * len(names) if len(scales) == 1 else scales
+            return [
+                Strength(name, scale, None, *_moments(values.get(name)))
+                for name, scale in zip(names, given, strict=True)
+            ]
+        chosen = self.options.strengths
+        chosen = chosen * len(names) if len(chosen) == 1 else chosen
+        pairs = zip(names, chosen, strict=True)
+        return [self._strength(name, strength, values[name]) for name, strength in pairs]
+
+    def _strength(self, name: str, strength: float, values: Tensor) -> Strength:
+        mean, sd = _moments(values)
+        if sd is None or sd <= 1e-12 * max(1.0, abs(mean or 0.0)):
+            raise OptionError(
+                f"reward {name!r} does not vary over {values.numel()} samples of "
+                f"{self.domain.name!r}, so that no strength can be derived from it; set lambda "
+                "with --scale, or choose another reward"
+            )
+        return Strength(name, _rounded(strength / sd), strength, mean, sd)
+
+    def _base_values(self, needed: bool) -> dict[str, Tensor]:
+        """Rewards of samples of the model, from the base arm and, if they are few, more."""
+        bases = [arm for arm in self.outcome.arms if not arm.method.tilted]
+        values = dict(bases[0].rewards) if bases else {}
+        populations = len(self.outcome.labels)
+        have = bases[0].weights.shape[0] if bases else 0
+        missing = -(-PILOT_SIZE // populations) + 1 - have if populations > 1 else PILOT_SIZE - have
+        if not needed or missing <= 0:
+            return values
+        model = ScoredModel(self.model, self.rewards, 0.0)
+        setting = self._setting(model, "pilot", missing)
+        engine = ImportanceSampling(model, **setting.common)
+        pilot = self._run(engine, setting, "Measuring the reward")
+        self.outcome.calibration = dict(Counter(pilot.counts))
+        more = {name: as_matrix(pilot.state[name], self.has_plate) for name in self.rewards}
+        return {n: torch.cat([values[n], more[n]]) if values else more[n] for n in self.rewards}
+
+    def _write(self, arm: Arm | None = None) -> None:
+        if not self.save:
+            return
+        from pyro_twist.align.files import save_arm, save_results
+
+        if arm is not None:
+            save_arm(arm, self.outcome)
+        save_results(self.outcome)
+
+
+def _class_indices(domain: Domain, options: AlignOptions) -> list[int]:
+    if [str(given).strip().lower() for given in options.classes] == ["all"]:
+        return list(range(len(domain.classes)))
+    parts = [part for given in options.classes for part in str(given).split(",")]
+    indices = [domain.match_class(part.strip()) for part in parts]
+    repeated = [domain.classes[i] for i, count in Counter(indices).items() if count > 1]
+    if repeated:
+        raise OptionError(f"--class {repeated[0]!r} is given twice; name each class once")
+    return indices
+
+
+def _check_names(rewards: Mapping[str, Reward]) -> None:
+    for name in rewards:
+        if name in ("x", "x0_hat", *RESERVED) or name.startswith("x_"):
+            raise OptionError(f"a reward cannot be called {name!r}; give the function another name")
+
+
+def _moments(values: Tensor | None) -> tuple[float | None, float | None]:
+    """The mean, and the standard deviation within populations, over finite values."""
+    if values is None:
+        return None, None
+    columns = [column[column.isfinite()] for column in values.T]
+    columns = [column for column in columns if len(column) > 1]
+    if not columns:
+        return None, None
+    squares = sum(column.var(correction=0).item() * len(column) for column in columns)
+    freedom = sum(len(column) - 1 for column in columns)
+    return torch.cat(columns).mean().item(), math.sqrt(squares / freedom)
+
+
+def _told(error: Exception) -> str:
+    """The message on one line, without the advice on scoring again, which is for programs."""
+    text, _, _ = " ".join(str(error).split()).partition(" values are known and kept")
+    return re.sub(r"\. \d+$", "", text).rstrip(".")
+
+
+def _rounded(value: float) -> float:
+    """Three digits, so that the scale that is reported is the one that was used."""
+    return float(f"{value:.3g}")

@@ -1,0 +1,239 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the job found out: an arm for each method, a score for each class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_twist.align.domains import Domain
+from pyro_twist.align.methods import Method
+from pyro_twist.align.options import AlignOptions
+from pyro_twist.infer import SMCResult
+
+__all__ = ["Arm", "Outcome", "Score", "Strength", "score_arm"]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """
+    How strongly the law is tilted by a reward.
+
+    :param str name: The reward.
+    :param float scale: ``lambda``.
+    :param float strength: ``lambda`` in units of ``1 / sd``, if it was chosen so.
+    :param float mean: The mean of the reward under the model, if it was measured.
+    :param float sd: Its standard deviation within classes, if it was measured.
+    """
+
+    name: str
+    scale: float
+    strength: float | None = None
+    mean: float | None = None
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    The figures of one method on one class. Means are over what the method returns: weighted for a
+    tilted law, the one best sample for a maximiser.
+
+    :param str label: The class, empty if none was asked for.
+    :param dict reward_mean: The mean of each reward.
+    :param dict reward_best: The rewards of the particle of highest objective.
+    :param float objective_mean: The mean of the sum of the scaled rewards.
+    :param float objective_best: The highest such sum.
+    :param float judge: The mean score of the judge.
+    :param dict judge_details: The means of its other figures.
+    :param float diversity: Mean distance between two returned samples, ``None`` for a maximiser.
+    :param float ess: The effective sample size at the end, ``None`` for a maximiser.
+    :param float log_normalizer: The log of the estimated normaliser, if the method has one.
+    """
+
+    label: str
+    reward_mean: Mapping[str, float]
+    reward_best: Mapping[str, float]
+    objective_mean: float
+    objective_best: float
+    judge: float
+    judge_details: Mapping[str, float]
+    diversity: float | None
+    ess: float | None
+    log_normalizer: float | None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One method's run. Tensors have shape ``(num_particles, num_populations)``; without classes
+    there is one population.
+
+    :param Method method: The method.
+    :param torch.Tensor samples: The decoded samples, with the sample's shape behind.
+    :param dict rewards: The unscaled values of each reward, float64.
+    :param torch.Tensor objective: The sum of the scaled rewards.
+    :param torch.Tensor weights: The share of each particle in what the method returns; a
+        maximiser's best has weight one.
+    :param torch.Tensor log_weights: The log-weights, unnormalised.
+    :param SMCResult result: The result itself, with the diagnostics.
+    :param tuple scores: A :class:`Score` for each population.
+    """
+
+    method: Method
+    samples: Tensor
+    rewards: Mapping[str, Tensor]
+    objective: Tensor
+    weights: Tensor
+    log_weights: Tensor
+    result: SMCResult
+    scores: tuple[Score, ...] = ()
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Evaluations of the denoiser and of the rewards."""
+        return self.result.counts
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the steps."""
+        return self.result.seconds
+
+
+@dataclass
+class Outcome:
+    """
+    Everything the job found out.
+
+    :param AlignOptions options: What was asked for.
+    :param Domain domain: The model and its surroundings.
+    :param labels: The classes; one empty string if none was asked for.
+    :param float guidance: The guidance scale in force.
+    :param strengths: ``lambda`` of each reward.
+    :param dict calibration: Calls spent on choosing ``lambda`` beyond the arms.
+    :param arms: The methods that have finished, in order.
+    :param dict failures: Why others have not, by name.
+    :param str error: What ended the job early, empty if nothing did.
+    """
+
+    options: AlignOptions
+    domain: Domain
+    labels: tuple[str, ...]
+    guidance: float
+    strengths: list[Strength] = field(default_factory=list)
+    calibration: Mapping[str, int] = field(default_factory=dict)
+    arms: list[Arm] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    error: str = ""
+    seconds: float = 0.0
+    started: str = ""
+
+    def arm(self, name: str) -> Arm:
+        """
+        The arm of a method.
+
+        :raises KeyError: If it has not finished.
+        """
+        found = [arm for arm in self.arms if arm.method.name == name]
+        if not found:
+            raise KeyError(f"{name!r} is not among {[arm.method.name for arm in self.arms]}")
+        return found[0]
+
+    def heading(self, population: int) -> str:
+        """What to write above a class; nothing if none was asked for."""
+        label = self.labels[population]
+        return f"class {label}" if label.isdigit() else label
+
+    @property
+    def single_reward(self) -> str | None:
+        """The name of the reward, if there is only one, whose unit can then be used."""
+        return self.strengths[0].name if len(self.strengths) == 1 else None
+
+    def relative_diversity(self, arm: Arm, population: int) -> float | None:
+        """Diversity of an arm as a fraction of that of the base model, if both are known."""
+        mine = arm.scores[population].diversity
+        bases = [other for other in self.arms if not other.method.tilted]
+        reference = bases[0].scores[population].diversity if bases else None
+        return mine / reference if mine is not None and reference else None
+
+
+def score_arm(arm: Arm, domain: Domain, labels: tuple[str, ...], indices: list[int]) -> list[Score]:
+    """
+    Scores an arm, class by class.
+
+    :param Arm arm: The arm.
+    :param Domain domain: Has the judge and the distances.
+    :param labels: The name of each population.
+    :param indices: The class of each population; empty if none was asked for.
+    """
+    columns = range(arm.weights.shape[1])
+    return [_score(arm, domain, labels[p], indices[p] if indices else None, p) for p in columns]
+
+
+def _score(arm: Arm, domain: Domain, label: str, index: int | None, p: int) -> Score:
+    weights, samples, objective = arm.weights[:, p], arm.samples[:, p], arm.objective[:, p]
+    alive = torch.where(weights > 0, objective, -torch.inf)
+    best = int(alive.argmax())
+    judged = domain.judge(samples, index)
+    maximiser = arm.method.returns == "a maximiser"
+    log_z = arm.result.log_normalizer.reshape(-1)[p].item()
+    estimates = arm.method.returns == "samples of the tilted law"
+    return Score(
+        label=label,
+        reward_mean={name: mean(values[:, p], weights) for name, values in arm.rewards.items()},
+        reward_best={name: values[best, p].item() for name, values in arm.rewards.items()},
+        objective_mean=mean(objective, weights),
+        objective_best=objective[best].item(),
+        judge=mean(judged.score, weights),
+        judge_details={name: mean(value, weights) for name, value in judged.details.items()},
+        diversity=None if maximiser else _diversity(domain.distances(samples), weights),
+        ess=None if maximiser else (1 / weights.square().sum()).item(),
+        log_normalizer=log_z if estimates and math.isfinite(log_z) else None,
+    )
+
+
+def mean(values: Tensor, weights: Tensor) -> float:
+    """The weighted mean; what has no weight does not count, whatever its value."""
+    counted = weights > 0
+    return (weights[counted] * values[counted].double()).sum().item()
+
+
+def _diversity(distances: Tensor, weights: Tensor) -> float | None:
+    """
+    The mean distance between two of ``N`` draws, so that a particle drawn twice counts as zero;
+    for equal weights the mean over all pairs.
+    """
+    size = len(weights)
+    if size < 2:
+        return None
+    return (weights @ distances @ weights).item() * size / (size - 1)
+
+
+def as_matrix(value: Tensor, populations: bool) -> Tensor:
+    """Gives a value without populations a dim of size one for them, behind the particles."""
+    return value if populations else value.unsqueeze(1)
+
+
+def versions() -> dict[str, Any]:
+    """The versions that determine the numbers, and the machine's kind."""
+    import platform
+    from importlib.metadata import version
+
+    from pyro_twist import __version__
+
+    packages = {name: version(name) for name in ("torch", "pyro-ppl", "diffusers", "numpy")}
+    machine = f"{platform.system()} {platform.machine()}"
+    return {
+        "pyro_twist": __version__,
+        "python": platform.python_version(),
+        **packages,
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+    }

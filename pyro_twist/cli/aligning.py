@@ -1,0 +1,153 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""``pyro-twist align``: progress bars, the table, and how failures end."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from pyro_twist.align import (
+    AlignmentFailed,
+    AlignOptions,
+    OptionError,
+    Outcome,
+    Progress,
+    run,
+    write_report,
+)
+from pyro_twist.align.report import strength_sentences
+from pyro_twist.align.table import CALLS, columns, summary_rows, table_rows
+from pyro_twist.cli.app import FAILED, INTERRUPTED, WRONG_OPTION, complain
+
+__all__ = ["align_command", "print_outcome"]
+
+
+def align_command(model: str, given: dict[str, Any], quiet: bool) -> int:
+    """
+    Runs the job and prints what it found.
+
+    :param str model: The model.
+    :param dict given: The other fields of :class:`~pyro_twist.align.AlignOptions`.
+    :param bool quiet: Whether to print only the last line.
+    :returns: The exit code.
+    """
+    console = Console(highlight=False, quiet=quiet)
+    try:
+        options = AlignOptions(model=model, **given)
+        with _bars(console) as progress, _short_warnings():
+            outcome, code = run(options, progress=progress), 0
+    except OptionError as error:
+        complain(str(error))
+        return WRONG_OPTION
+    except AlignmentFailed as failure:
+        outcome = failure.outcome
+        code = INTERRUPTED if outcome.error == "interrupted" else FAILED
+        complain(outcome.error)
+    print_outcome(outcome, console)
+    if outcome.arms or not code:
+        page = write_report(outcome)
+        names = ", ".join(arm.method.name for arm in outcome.arms)
+        what = "Results" if not code else f"Results of what had finished ({names})"
+        print(f"{what} are in {outcome.options.out}; open {page}")
+    else:
+        complain("no method had finished, so there are no results")
+    survived = any(arm.method.tilted for arm in outcome.arms)
+    return code or (FAILED if outcome.failures and not survived else 0)
+
+
+def print_outcome(outcome: Outcome, console: Console) -> None:
+    """
+    Prints the table and what is needed to read it.
+
+    :param Outcome outcome: What the job found.
+    :param console: Where to print.
+    """
+    console.print()
+    for text in strength_sentences(outcome):
+        console.print(text, style="dim")
+    if outcome.arms:
+        own = [column.heading for column in columns(outcome)]
+        several = len(outcome.labels) > 1
+        title = "Means over the classes" if several else ""
+        console.print(_table(title, [*own, *CALLS], summary_rows(outcome)))
+        for p in range(len(outcome.labels) if several else 0):
+            console.print(_table(outcome.heading(p), own, table_rows(outcome, p)))
+        returned = (f"{arm.method.name}: {arm.method.returns}" for arm in outcome.arms)
+        console.print("Returned: " + "; ".join(returned) + ".", style="dim")
+    for name, reason in outcome.failures.items():
+        console.print(f"{name} failed: {reason}", style="red")
+
+
+def _table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", style="bold", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+class _BarProgress(Progress):
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+        self.task: Any = None
+
+    def begin(self, title: str, total: int) -> None:
+        self.task = self.bars.add_task(title, total=total, figures="")
+
+    def advance(self, done: int, ess: float, log_normalizer: float) -> None:
+        figures = f"ESS {ess:.1f}  log Z {log_normalizer:.2f}"
+        self.bars.update(self.task, completed=done, figures=figures)
+
+    def end(self) -> None:
+        self.bars.stop_task(self.task)
+
+
+class _LineProgress(Progress):
+    """A line for each method, where bars cannot move."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def begin(self, title: str, total: int) -> None:
+        self.console.print(f"{title}: {total:,} denoiser calls")
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
+    if not console.is_terminal or console.quiet:
+        yield _LineProgress(console)
+        return
+    bars = Bars(
+        TextColumn("{task.description:<30}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=console,
+    )
+    with bars:
+        yield _BarProgress(bars)
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Shows what a reward warns of without the place in our sources."""
+
+    def show(message: Any, *args: Any, **kwargs: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

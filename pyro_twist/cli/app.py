@@ -1,0 +1,286 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The commands and their options. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app", "main"]
+
+WRONG_OPTION, FAILED, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="pyro-twist",
+    help="Align pretrained diffusion models to a reward while they sample, without training.",
+    epilog="Start with: pyro-twist align emoji --class food --reward red",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main(args: list[str] | None = None) -> None:
+    """
+    Runs the command line and exits: 0 if all went well, 1 if a run failed, 2 for wrong options.
+
+    :param args: The arguments, by default those of the process.
+    """
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=args, prog_name="pyro-twist", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            sys.exit(WRONG_OPTION)
+        complain(_one_sentence(error.format_message()))
+        sys.exit(WRONG_OPTION)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        sys.exit(INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def complain(message: str) -> None:
+    """
+    Says what is wrong.
+
+    :param str message: One sentence.
+    """
+    print(f"pyro-twist: {message}", file=sys.stderr)
+
+
+def _one_sentence(message: str) -> str:
+    return f"{' '.join(message.split()).rstrip('.')}; see --help"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pyro_twist import __version__
+
+        print(f"pyro-twist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Align pretrained diffusion models to a reward while they sample, without training."""
+
+
+WHAT, HOW, RUN = "What to align", "How", "The run"
+
+
+_ALIGN_HELP = (
+    "Sample a model tilted by a reward, with several methods at equal budget.\n\n"
+    "Runs the base model, best-of-N and steering with the same number of denoiser calls, prints "
+    "what each found, and writes pictures, plots, all numbers and a page that shows them, "
+    "report.html.\n\n"
+    "The samplers draw from p(x) exp(lambda * reward(x)); best-of-N only looks for the highest "
+    "reward. A reward may be a black box: its gradient is never used."
+)
+_ALIGN_EXAMPLES = (
+    "Examples: pyro-twist align emoji -c people -r green;  pyro-twist align emoji -c all "
+    "-r compressible --strength 2;  pyro-twist align digits -c 3 -r my_reward.py:score"
+)
+
+
+@app.command(help=_ALIGN_HELP, epilog=_ALIGN_EXAMPLES)
+def align(
+    model: Annotated[
+        str, typer.Argument(help="A shipped model: see 'pyro-twist models'.", show_default=True)
+    ] = "emoji",
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            "-r",
+            metavar="REWARD",
+            help="What to align to: a name ('pyro-twist rewards' lists them), with options as in "
+            "compressible:quality=50 or colour:orange; class:NAME, the log-probability of a class; "
+            "or a function of your own, as package.module:function or file.py:function, which "
+            "takes images of shape (B, C, H, W) in [0, 1] and returns B numbers. Repeat it to add "
+            "rewards up.",
+            show_default="red; bright for digits",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            "-c",
+            metavar="CLASS",
+            help="Sample this class: its name, part of it, or its number; 'all' for all. Repeat "
+            "it, or use commas, for several, each with its own particles.",
+            show_default="any class",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--strength",
+            metavar="SD",
+            help="How far to tilt: lambda is this many over the standard deviation of the reward "
+            "under the model. Once, or once for each reward.",
+            show_default="3",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--scale",
+            metavar="LAMBDA",
+            help="Set lambda itself instead, in units of 1 / reward. Once, or once for each "
+            "reward.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="W",
+            help="Strength of classifier-free guidance towards the class; 1 is none.",
+            show_default="what the model's card recommends",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="METHOD",
+            help="Run only this method, and others by repeating it: see 'pyro-twist methods'.",
+            show_default="base, best-of-n, fk",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    particles: Annotated[
+        int,
+        typer.Option(
+            "--particles",
+            "-n",
+            metavar="N",
+            help="Particles of each class, for every method alike.",
+            rich_help_panel=HOW,
+        ),
+    ] = 16,
+    steps: Annotated[
+        int,
+        typer.Option(
+            metavar="T",
+            help="Steps of the reverse process, 1 to 1000.",
+            rich_help_panel=HOW,
+        ),
+    ] = 50,
+    scheduler: Annotated[
+        str, typer.Option(help="ddpm, or ddim with eta = 1.", rich_help_panel=HOW)
+    ] = "ddpm",
+    resampling: Annotated[
+        str,
+        typer.Option(
+            help="systematic, stratified, multinomial, residual, ssp or none.",
+            rich_help_panel=HOW,
+        ),
+    ] = "systematic",
+    ess_threshold: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Resample when the effective sample size falls below this share of the "
+            "particles: 0 never, 1 always.",
+            rich_help_panel=HOW,
+        ),
+    ] = 0.5,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="ROWS",
+            help="Samples per call of the network, to save memory.",
+            show_default="all",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Everything random depends on it alone.", rich_help_panel=RUN)
+    ] = 0,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Where the results go; files of an earlier run there are replaced.",
+            rich_help_panel=RUN,
+        ),
+    ] = Path("results/align"),
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", help="Print where the results are, nothing else.", rich_help_panel=RUN
+        ),
+    ] = False,
+) -> None:
+    """Sample a model tilted by a reward, with several methods at equal budget."""
+    given: dict[str, Any] = {
+        "rewards": tuple(reward or ()),
+        "classes": tuple(classes or ()),
+        "methods": tuple(method or ()),
+        "scales": tuple(scale or ()),
+        "strengths": tuple(strength or (3.0,)),
+        "guidance": guidance,
+        "particles": particles,
+        "steps": steps,
+        "scheduler": scheduler,
+        "seed": seed,
+        "resampling": resampling,
+        "ess_threshold": ess_threshold,
+        "chunk_size": chunk_size,
+        "out": out,
+    }
+    if scale and strength:
+        complain("--scale sets lambda and --strength derives it; give only one of them")
+        raise typer.Exit(WRONG_OPTION)
+    from pyro_twist.cli.aligning import align_command
+
+    raise typer.Exit(align_command(model, given, quiet))
+
+
+@app.command()
+def models() -> None:
+    """List the models that can be aligned, and their classes."""
+    from pyro_twist.cli.listing import print_models
+
+    print_models()
+
+
+@app.command()
+def rewards(
+    model: Annotated[str, typer.Argument(help="The model they are for.")] = "emoji",
+) -> None:
+    """List the rewards that have a name."""
+    from pyro_twist.cli.listing import print_rewards
+
+    raise typer.Exit(print_rewards(model))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, and what each returns."""
+    from pyro_twist.cli.listing import print_methods
+
+    print_methods()

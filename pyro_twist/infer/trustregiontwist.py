@@ -1,0 +1,468 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trust-region iterated twisted sequential Monte Carlo: twists learnt while sampling."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from pyro_twist.infer import weights
+from pyro_twist.infer.increments import Increment, sample_sites
+from pyro_twist.infer.result import SMCResult
+from pyro_twist.infer.trustregion import Tempering, temper
+from pyro_twist.infer.twistedsmc import TwistedSMC
+from pyro_twist.twists.learned import fit_likelihood, learned_parts
+from pyro_twist.twists.paths import Pass, Paths, PathStep
+
+__all__ = ["Iteration", "TrustRegionTwist", "default_twist"]
+
+_STEPS = (1.0, 0.5, 0.25, 0.1)
+
+
+def default_twist(model: Any) -> Any:
+    """
+    The twist that :class:`TrustRegionTwist` learns if it is given none.
+
+    For diffusion models with a terminal potential a calibrated look-ahead and a surrogate
+    direction; for other models a diagonal quadratic twist.
+
+    :param model: A model with ``timesteps``.
+    :returns: A twist that is, at the start, plain look-ahead or identically one.
+    """
+    from pyro_twist.twists import CalibratedLookahead, QuadraticTwist, SurrogateTwist
+
+    if hasattr(model, "schedule") and hasattr(model, "terminal"):
+        return CalibratedLookahead(model) + SurrogateTwist(model)
+    return QuadraticTwist(model)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """
+    One trust-region step, averaged over populations.
+
+    :param float tau: The tempering exponent.
+    :param float kl: The divergence of the tempered law from the current one, in nats.
+    :param float eta: How far along the way to the target the iterations have come, from 0 to 1.
+    :param float ess: Effective sample size of the pass, as a share of its particles.
+    :param float path_ess: The same for the weights of whole paths.
+    :param float chi_square: Estimated chi-square divergence of the target from the current law.
+    :param float log_normalizer: The pass's estimate.
+    :param float step: The share of the fitted step that was accepted on held-out paths; 0 where
+        the parameters stayed.
+    """
+
+    tau: float
+    kl: float
+    eta: float
+    ess: float
+    path_ess: float
+    chi_square: float
+    log_normalizer: float
+    step: float
+
+
+class TrustRegionTwist(TwistedSMC):
+    """
+    Twisted SMC that learns its twist in trust-region iterations [1]: TRI-TSMC.
+
+    An iteration is a pass with the twist as it is, a tempered reweighting of its paths, no further
+    than ``kl_budget`` nats from the law they were drawn from, and a fit of the twist to them by
+    weighted maximum likelihood. Fitting evaluates neither model nor reward, and needs no gradient
+    of either. A fit never changes the target: weights are exact for any twist.
+
+    :meth:`run` makes ``num_iterations`` passes that are fitted and a last one, and returns the
+    particles of all of them, weighted such that the pooled estimate of the normaliser is
+    unbiased: the number of passes and their sizes are fixed before, none is dropped on its outcome,
+    and whatever a pass uses is frozen during it.
+
+    New parameters are accepted only so far as they raise the weighted likelihood of paths that
+    were left out of their fit.
+
+    :param object model: A model with ``timesteps``; see :class:`TwistedSMC`.
+    :param guide: A twist, learned in part or whole; :func:`default_twist` if ``None``.
+    :param int num_particles: The number of particles in each pass.
+    :param int max_plate_nesting: Bound on the number of nested plates in the model.
+    :param int num_iterations: The number of passes that are followed by a fit.
+    :param float kl_budget: The trust region in nats; by default a quarter of
+        ``log(num_particles)``, at least 0.1.
+    :param centring: The share of the score under the current law that is subtracted, which has
+        mean zero: a number from 0, plain maximum likelihood, to 1, or ``"ess"``, the effective
+        share of paths that still follow that law.
+    :param bool reuse: Whether a fit uses the paths of all passes so far, not only the last.
+    :param bool guard: Whether to accept parameters on held-out paths only.
+    :param float stop_ess: Stop fitting (not sampling) once the trust region is inactive and the
+        path weights' effective sample size is above this share.
+    :param options: Further options of :class:`TwistedSMC`.
+
+    **References**
+
+    [1] `Trust-Region Iterated Twisted Sequential Monte Carlo for diffusion alignment`
+        Weixin Wang, Yu Yang, Wei Deng, Pan Xu (2026), https://arxiv.org/abs/2605.25123
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        guide: Any = None,
+        num_particles: int = 16,
+        max_plate_nesting: int = 0,
+        *,
+        num_iterations: int = 3,
+        kl_budget: float | None = None,
+        centring: float | Literal["ess"] = "ess",
+        reuse: bool = True,
+        guard: bool = True,
+        stop_ess: float = 0.95,
+        **options: Any,
+    ) -> None:
+        guide = default_twist(model) if guide is None else guide
+        _check_options(guide, num_iterations, kl_budget, centring)
+        self.num_iterations = num_iterations
+        self.kl_budget = kl_budget or max(0.25 * math.log(num_particles), 0.1)
+        self.centring, self.reuse, self.guard = centring, reuse, guard
+        self.stop_ess = stop_ess
+        self.passes: list[Pass] = []
+        self.iterations: list[Iteration] = []
+        self._results: list[SMCResult] = []
+        self._etas: list[float] = []
+        self._steps: list[list[PathStep]] = []
+        self._stopped = False
+        super().__init__(model, guide, num_particles, max_plate_nesting, **options)
+
+    # passes
+
+    def run(self, *args: Any, **kwargs: Any) -> SMCResult:
+        """
+        Runs all passes and fits.
+
+        :returns: The particles of all passes, pooled.
+        :rtype: SMCResult
+        """
+        self.passes, self._results, self._etas, self.iterations = [], [], [], []
+        self._stopped = False
+        self._stream.restart()
+        self._arguments = (args, kwargs)
+        return self._go_on()
+
+    def fit(self, num_iterations: int | None = None, *args: Any, **kwargs: Any) -> TrustRegionTwist:
+        """
+        Makes passes, each followed by :meth:`update`.
+
+        :param int num_iterations: How many, :attr:`num_iterations` by default.
+        :returns: Itself, with :attr:`iterations` to look at.
+        """
+        for _ in range(self.num_iterations if num_iterations is None else num_iterations):
+            self.sample(*args, **kwargs)
+            self.update()
+        return self
+
+    def sample(self, *args: Any, **kwargs: Any) -> SMCResult:
+        """One pass with the twist as it is, kept for the next :meth:`update`; its own result."""
+        result = super().run(*args, **kwargs)
+        self._keep_pass(result)
+        return result
+
+    def resume(self) -> SMCResult:
+        """Goes on after a failure, in :meth:`run`: finishes the pass, and makes the others."""
+        self._keep_pass(super().resume())
+        if len(self.iterations) < self.num_iterations:
+            self._update_unless_stopped()
+        return self._go_on()
+
+    def _go_on(self) -> SMCResult:
+        args, kwargs = self._arguments
+        while len(self.passes) <= self.num_iterations:
+            self.sample(*args, **kwargs)
+            if len(self.passes) <= self.num_iterations:
+                self._update_unless_stopped()
+        return self.pooled()
+
+    def _update_unless_stopped(self) -> None:
+        if not self._stopped:
+            self.update()
+
+    def _keep_pass(self, result: SMCResult) -> None:
+        self.passes.append(
+            Pass(
+                steps=self._steps,
+                ancestors=list(self._record.ancestors),
+                log_path=self._memory["log_path"],
+                log_base=self._memory["log_base"],
+                log_terminal=self._memory["log_terminal"],
+                state=dict(self.state),
+            )
+        )
+        self._results.append(result)
+        self._etas.append(self.iterations[-1].eta if self.iterations else 0.0)
+
+    def pooled(self) -> SMCResult:
+        """
+        The particles of all passes so far.
+
+        Their log-weights share one scale, so that their mean is the pooled estimate of the
+        normaliser; expectations are self-normalised.
+        """
+        if not self._results:
+            raise ValueError("there is no pass yet; call run, fit or sample")
+        return pool(self._results)
+
+    def _restart_stream(self) -> None:
+        """Passes follow one another on one stream."""
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._steps = []
+
+    def _allocate(self, trace: poutine.Trace) -> None:
+        super()._allocate(trace)
+        for key in ("log_path", "log_base", "log_terminal"):
+            self._memory[key] = torch.zeros_like(self.state._log_weights)
+
+    def _observe(
+        self, trace: poutine.Trace, before: dict[Any, Any], args: Any, kwargs: Any
+    ) -> None:
+        super()._observe(trace, before, args, kwargs)
+        self._observed = {name for name, site in sample_sites(trace) if site["is_observed"]}
+        sites = [(n, s) for n, s in sample_sites(trace) if not s["is_observed"]]
+        self._pending = [
+            PathStep(
+                name=name,
+                args=args,
+                kwargs=kwargs,
+                state=before,
+                prior=site["infer"].get("prior", site["fn"]),
+                posterior=site["fn"],
+                value=site["value"],
+            )
+            for name, site in sites
+        ]
+
+    def _reweight(
+        self, increments: list[Increment], log_twist: Any, method: str, args: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        returned = super()._reweight(increments, log_twist, method, args)
+        zero = torch.zeros_like(self.state._log_weights)
+        path = sum((i.value for i in increments), start=zero)
+        terminal = sum((i.value for i in increments if i.name in self._observed), start=zero)
+        self._memory["log_path"] = self._memory["log_path"] + path
+        self._memory["log_terminal"] = self._memory["log_terminal"] + terminal
+        self._steps.append(self._pending)
+        return returned
+
+    def _resample(self, index: torch.Tensor, chosen: torch.Tensor) -> None:
+        # offspring number N p_a on average, so each stands for 1 / (N p_a) of its ancestor's law
+        offspring = self.state._log_weights + math.log(self.num_particles)
+        self._memory["log_base"] = self._memory["log_base"] - torch.where(chosen, offspring, 0.0)
+        super()._resample(index, chosen)
+
+    # fitting
+
+    def update(self) -> Iteration:
+        """
+        One trust-region step of the twist's parameters, from the passes so far.
+
+        :returns: What happened; also the last of :attr:`iterations`.
+        :rtype: Iteration
+        :raises ValueError: If there is no pass to learn from.
+        """
+        if not self.passes:
+            raise ValueError("there is no pass to learn from; call sample, fit or run")
+        columns = _temper_columns(self.passes[-1], self.kl_budget)
+        tau = sum(c.tau for c in columns) / len(columns)
+        here = self._etas[-1]
+        ahead = here + (1 - here) * tau
+        for part in learned_parts(self.guide):
+            part.observe(self.passes)
+        step = self._fit(ahead)
+        self.iterations.append(self._report_iteration(columns, here, tau, step))
+        path_ess = self.iterations[-1].path_ess
+        self._stopped = tau == 1.0 and path_ess > self.stop_ess
+        return self.iterations[-1]
+
+    def _report_iteration(
+        self, columns: Sequence[Tempering], here: float, tau: float, step: float
+    ) -> Iteration:
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        result = self._results[-1]
+        return Iteration(
+            tau=tau,
+            kl=mean([c.kl for c in columns]),
+            eta=here + (1 - here) * tau * (1.0 if step else 0.0),
+            ess=float(result.get_ESS().mean()) / self.num_particles,
+            path_ess=mean([1 / (1 + c.chi_square) for c in columns]),
+            chi_square=mean([c.chi_square for c in columns]),
+            log_normalizer=float(result.log_normalizer.mean()),
+            step=step,
+        )
+
+    def _fit(self, ahead: float) -> float:
+        """Fits to the law ``ahead`` on the way to the target; returns the accepted step."""
+        parameters = [p for p in self.guide.parameters() if p.requires_grad]
+        if not parameters:
+            return 1.0
+        old = parameters_to_vector(parameters).detach().clone()
+        step = self._accepted(ahead, parameters, old) if self.guard else 1.0
+        if step:
+            _fitted(self.guide, parameters, old, self._batches(ahead))
+            new = parameters_to_vector(parameters).detach().clone()
+            _assign(self.guide, parameters, old + step * (new - old))
+        return step
+
+    def _accepted(self, ahead: float, parameters: Any, old: torch.Tensor) -> float:
+        """The step that raises the likelihood of held-out paths most; 0 if none does."""
+        gains = dict.fromkeys(_STEPS, 0.0)
+        for fold in (0, 1):
+            training, held_out = self._batches(ahead, fold), self._batches(ahead, 1 - fold)
+            _assign(self.guide, parameters, old)
+            with torch.no_grad():
+                before = _likelihood(self.guide, held_out)
+            _fitted(self.guide, parameters, old, training)
+            new = parameters_to_vector(parameters).detach().clone()
+            for step in _STEPS:
+                _assign(self.guide, parameters, old + step * (new - old))
+                with torch.no_grad():
+                    gains[step] += _likelihood(self.guide, held_out) - before
+        _assign(self.guide, parameters, old)
+        best = max(_STEPS, key=gains.__getitem__)
+        return best if gains[best] > 0 else 0.0
+
+    def _batches(self, ahead: float, fold: int | None = None) -> list[Paths]:
+        """The paths of the passes, weighted towards the law ``ahead``, or those of one fold."""
+        latest = len(self.passes) - 1
+        chosen = range(len(self.passes)) if self.reuse else [latest]
+        batches = []
+        for k in chosen:
+            here = self._etas[k]
+            tau = (ahead - here) / (1 - here) if here < 1 else 1.0
+            batches.append(_weighted(self.passes[k], tau, fold, self._centring_of(k)))
+        sizes = torch.tensor([size for _, size in batches], dtype=torch.float64)
+        shares = (sizes / sizes.sum()).tolist()
+        return [_scaled(paths, share) for (paths, _), share in zip(batches, shares, strict=True)]
+
+    def _centring_of(self, k: int) -> float:
+        one = self.passes[k]
+        # dead paths that were resampled away leave a gap that the base weights cannot fill
+        dead = bool((one.log_path == -math.inf).any()) and any(a is not None for a in one.ancestors)
+        if dead:
+            return 0.0
+        if self.centring == "ess":
+            size = one.log_base.shape[0]
+            return float(weights.effective_sample_size(one.log_base).mean()) / size
+        return float(self.centring)
+
+    # reading
+
+    def table(self) -> str:
+        """The iterations as a table of text, one line each."""
+        names = list(Iteration.__dataclass_fields__)
+        rows = [[f"{getattr(one, name):.3g}" for name in names] for one in self.iterations]
+        widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in [names, *rows]
+        ]
+        return "\n".join(lines)
+
+
+def pool(results: Sequence[SMCResult]) -> SMCResult:
+    """
+    Concatenates the particles of independent or adaptive passes of one model.
+
+    :param list results: Results whose number and sizes were fixed beforehand.
+    :returns: A result with all particles; its normaliser is the mean of theirs, weighted by size.
+    :rtype: SMCResult
+    """
+    last = results[-1]
+    log_weights = torch.cat([one.log_weights for one in results])
+    keys = [key for key in last.state if all(key in one.state for one in results)]
+    state = {key: torch.cat([one.state[key] for one in results]) for key in keys}
+    counts: Counter[str] = Counter()
+    for one in results:
+        counts.update(one.counts)
+    samples = None
+    if last.samples is not None and all(one.samples is not None for one in results):
+        paths = [dict(one.samples or {}) for one in results]
+        samples = {name: torch.cat([path[name] for path in paths]) for name in paths[-1]}
+    return replace(
+        last,
+        state=state,
+        log_weights=log_weights,
+        log_normalizer=weights.log_mean_exp(log_weights),
+        counts=dict(counts),
+        seconds=sum(one.seconds for one in results),
+        samples=samples,
+    )
+
+
+def _check_options(guide: Any, num_iterations: int, kl_budget: Any, centring: Any) -> None:
+    if not learned_parts(guide):
+        raise ValueError(
+            f"guide={type(guide).__name__} has no part to learn; use TwistedSMC for fixed guides, "
+            "or a LearnedTwist such as SurrogateTwist or ShiftTwist"
+        )
+    if not isinstance(num_iterations, int) or num_iterations < 0:
+        raise ValueError(f"num_iterations={num_iterations!r}; give a whole number, 0 or more")
+    if kl_budget is not None and not kl_budget > 0:
+        raise ValueError(f"kl_budget={kl_budget!r}; give a positive number of nats")
+    if centring != "ess" and not 0 <= centring <= 1:
+        raise ValueError(f"centring={centring!r}; give 'ess' or a number from 0 to 1")
+
+
+def _temper_columns(one: Pass, kl_budget: float) -> list[Tempering]:
+    """The trust-region step of every population."""
+    size = one.log_path.shape[0]
+    columns = zip(one.log_path.reshape(size, -1).T, one.log_base.reshape(size, -1).T, strict=True)
+    return [temper(log_path, log_base, kl_budget) for log_path, log_base in columns]
+
+
+def _weighted(one: Pass, tau: float, fold: int | None, centring: float) -> tuple[Paths, float]:
+    """A pass tempered by ``tau``, or a fold of its final paths, and its effective size."""
+    alive = torch.isfinite(one.log_path)
+    log_path = torch.where(alive, one.log_path, 0.0)
+    log_base = torch.where(alive, one.log_base, -math.inf)
+    if fold is not None:
+        index = torch.arange(len(log_base)).reshape((-1,) + (1,) * (log_base.dim() - 1))
+        log_base = torch.where(index % 2 == fold, log_base, -math.inf)
+    towards = log_base + tau * log_path
+    ess = weights.effective_sample_size(towards)
+    empty = weights.log_sum_exp(towards) == -math.inf
+    share = torch.where(empty, 0.0, 1.0) / empty.numel()
+    normal = torch.where(empty, -math.inf, towards - weights.log_sum_exp(towards)).exp() * share
+    base = torch.where(empty, -math.inf, log_base - weights.log_sum_exp(log_base)).exp() * share
+    return one.paths(normal, base, centring), float(ess.mean())
+
+
+def _scaled(paths: Paths, share: float) -> Paths:
+    steps = []
+    for step in paths:
+        assert step.weights is not None and step.base is not None
+        steps.append(replace(step, weights=share * step.weights, base=share * step.base))
+    return replace(paths, steps=tuple(steps))
+
+
+def _likelihood(twist: Any, batches: Sequence[Paths]) -> float:
+    return float(sum(paths.log_likelihood(twist) for paths in batches))
+
+
+def _assign(twist: Any, parameters: Any, vector: torch.Tensor) -> None:
+    vector_to_parameters(vector, parameters)
+    with torch.no_grad():
+        for part in learned_parts(twist):
+            part.constrain()
+
+
+def _fitted(twist: Any, parameters: Any, start: torch.Tensor, batches: Sequence[Paths]) -> None:
+    vector_to_parameters(start, parameters)
+    fit_likelihood(twist, batches)
