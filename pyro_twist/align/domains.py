@@ -257,11 +257,13 @@ def _plain(text: str) -> str:
 
 def _match(given: str | int, classes: Sequence[str], model: str) -> int:
     names, wanted = [_plain(name) for name in classes], _plain(str(given))
-    if wanted in names:
+    number = _number_or_text(str(given).strip())
+    if isinstance(number, int):
+        if 0 <= number < len(names):
+            return number
+    elif wanted in names:
         return names.index(wanted)
-    if wanted.isdigit() and int(wanted) < len(names):
-        return int(wanted)
-    if wanted:
+    elif wanted:
         starts = [i for i, name in enumerate(names) if name.startswith(wanted)]
         inside = [i for i, name in enumerate(names) if f" {wanted}" in name]
         if len(found := starts or inside) == 1:

@@ -28,8 +28,8 @@ from pyro_twist.rewards import Reward, RewardTilted
 
 __all__ = ["AlignmentFailed", "Progress", "ScoredModel", "run"]
 
-# fewer samples say too little about a standard deviation
-PILOT_SIZE = 16
+# Degrees of freedom: fewer say too little about a standard deviation, and then so many are drawn.
+ENOUGH, PILOT_SIZE = 10, 16
 RESERVED = ("objective", "lookahead", "lookahead_log_twist")
 
 
@@ -256,18 +256,22 @@ class _Job:
         """Rewards of samples of the model, from the base arm and, if they are few, more."""
         bases = [arm for arm in self.outcome.arms if not arm.method.tilted]
         values = dict(bases[0].rewards) if bases else {}
-        populations = len(self.outcome.labels)
-        have = bases[0].weights.shape[0] if bases else 0
-        missing = -(-PILOT_SIZE // populations) + 1 - have if populations > 1 else PILOT_SIZE - have
-        if not needed or missing <= 0:
+        missing = self._missing(bases[0].weights.shape[0] if bases else 0)
+        if not needed or missing == 0:
             return values
-        model = ScoredModel(self.model, self.rewards, 0.0)
-        setting = self._setting(model, "pilot", missing)
-        engine = ImportanceSampling(model, **setting.common)
+        setting = self._setting(ScoredModel(self.model, self.rewards, 0.0), "pilot", missing)
+        engine = ImportanceSampling(setting.model, **setting.common)
         pilot = self._run(engine, setting, "Measuring the reward")
-        self.outcome.calibration = dict(Counter(pilot.counts))
+        self.outcome.calibration = dict(pilot.counts)
         more = {name: as_matrix(pilot.state[name], self.has_plate) for name in self.rewards}
         return {n: torch.cat([values[n], more[n]]) if values else more[n] for n in self.rewards}
+
+    def _missing(self, have: int) -> int:
+        """How many samples of each class are missing for a standard deviation within classes."""
+        populations = len(self.outcome.labels)
+        if populations * (have - 1) >= ENOUGH:
+            return 0
+        return max(0, -(-PILOT_SIZE // populations) + 1 - have)
 
     def _write(self, arm: Arm | None = None) -> None:
         if not self.save:

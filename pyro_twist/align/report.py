@@ -71,7 +71,7 @@ def _pictures(outcome: Outcome) -> dict[str, Figure]:
         )
         pictures["rewards"] = Figure(png_bytes(draw_rewards(outcome)), caption)
         for arm in outcome.arms:
-            if arm.method.returns == "samples of the tilted law":
+            if arm.method.returns == "samples of the tilted law" and arm.result.diagnostics:
                 pictures[f"steps-{arm.method.name}"] = _steps_figure(arm)
     except ImportError:
         pass
@@ -296,8 +296,8 @@ def _warning(outcome: Outcome) -> str:
 def _footer(outcome: Outcome) -> str:
     of = versions()
     return (
-        f"{outcome.started}, {outcome.seconds:.0f} s in all, on {of['machine']} with "
-        f"{of['threads']} threads. pyro_twist {of['pyro_twist']}, Python {of['python']}, "
+        f"{outcome.started}, {outcome.seconds:.0f} s in all, on {of['machine']}, threads: "
+        f"{of['threads']}. pyro_twist {of['pyro_twist']}, Python {of['python']}, "
         f"torch {of['torch']}, Pyro {of['pyro-ppl']}, diffusers {of['diffusers']}. Every figure is "
         "in results.json, every sample in samples/."
     )

@@ -28,8 +28,11 @@ from pyro_twist.align import (
 from pyro_twist.align.report import strength_sentences
 from pyro_twist.align.table import CALLS, columns, summary_rows, table_rows
 from pyro_twist.cli.app import FAILED, INTERRUPTED, WRONG_OPTION, complain
+from pyro_twist.rewards import RewardWarning
 
 __all__ = ["align_command", "print_outcome"]
+
+MAX_WARNINGS = 3
 
 
 def align_command(model: str, given: dict[str, Any], quiet: bool) -> int:
@@ -143,11 +146,18 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Shows what a reward warns of without the place in our sources."""
+    """Shows what a reward warns of without the place in our sources, and the first few times."""
+    shown = 0
 
     def show(message: Any, *args: Any, **kwargs: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        nonlocal shown
+        shown += 1
+        if shown <= MAX_WARNINGS:
+            print(f"warning: {message}", file=sys.stderr)
+        elif shown == MAX_WARNINGS + 1:
+            print("warning: further warnings are not shown", file=sys.stderr)
 
     with warnings.catch_warnings():
+        warnings.simplefilter("always", RewardWarning)
         warnings.showwarning = show
         yield

@@ -165,7 +165,7 @@ def align(
             "-m",
             metavar="METHOD",
             help="Run only this method, and others by repeating it: see 'pyro-twist methods'.",
-            show_default="base, best-of-n, fk",
+            show_default="the usual ones",
             rich_help_panel=HOW,
         ),
     ] = None,

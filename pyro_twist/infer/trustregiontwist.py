@@ -323,8 +323,9 @@ class TrustRegionTwist(TwistedSMC):
     def _accepted(self, ahead: float, parameters: Any, old: torch.Tensor) -> float:
         """The step that raises the likelihood of held-out paths most; 0 if none does."""
         gains = dict.fromkeys(_STEPS, 0.0)
-        for fold in (0, 1):
-            training, held_out = self._batches(ahead, fold), self._batches(ahead, 1 - fold)
+        for fold in range(min(4, self.num_particles)):
+            training = self._batches(ahead, fold, keep=False)
+            held_out = self._batches(ahead, fold, keep=True)
             _assign(self.guide, parameters, old)
             with torch.no_grad():
                 before = _likelihood(self.guide, held_out)
@@ -338,18 +339,19 @@ class TrustRegionTwist(TwistedSMC):
         best = max(_STEPS, key=gains.__getitem__)
         return best if gains[best] > 0 else 0.0
 
-    def _batches(self, ahead: float, fold: int | None = None) -> list[Paths]:
-        """The paths of the passes, weighted towards the law ``ahead``, or those of one fold."""
+    def _batches(self, ahead: float, fold: int | None = None, *, keep: bool = True) -> list[Paths]:
+        """Paths weighted towards the law ``ahead``: all, those of a fold, or all but those."""
         latest = len(self.passes) - 1
         chosen = range(len(self.passes)) if self.reuse else [latest]
         batches = []
         for k in chosen:
             here = self._etas[k]
             tau = (ahead - here) / (1 - here) if here < 1 else 1.0
-            batches.append(_weighted(self.passes[k], tau, fold, self._centring_of(k)))
-        sizes = torch.tensor([size for _, size in batches], dtype=torch.float64)
-        shares = (sizes / sizes.sum()).tolist()
-        return [_scaled(paths, share) for (paths, _), share in zip(batches, shares, strict=True)]
+            chosen_paths = _in_fold(self.passes[k].log_base, fold, keep)
+            batches.append(_weighted(self.passes[k], tau, chosen_paths, self._centring_of(k)))
+        total = max(sum(size for _, size in batches), 1e-300)
+        shares = [size / total for _, size in batches]
+        return [_scaled(paths, share) for (paths, _), share in zip(batches, shares)]
 
     def _centring_of(self, k: int) -> float:
         one = self.passes[k]
@@ -427,14 +429,20 @@ def _temper_columns(one: Pass, kl_budget: float) -> list[Tempering]:
     return [temper(log_path, log_base, kl_budget) for log_path, log_base in columns]
 
 
-def _weighted(one: Pass, tau: float, fold: int | None, centring: float) -> tuple[Paths, float]:
-    """A pass tempered by ``tau``, or a fold of its final paths, and its effective size."""
+def _in_fold(like: torch.Tensor, fold: int | None, keep: bool) -> torch.Tensor:
+    """Whether a final path is in a fold (or, without ``keep``, in another), shaped ``like``."""
+    if fold is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    index = torch.arange(len(like), device=like.device) % min(4, len(like))
+    inside = (index == fold) == keep
+    return inside.reshape((-1,) + (1,) * (like.dim() - 1)).expand(like.shape)
+
+
+def _weighted(one: Pass, tau: float, chosen: torch.Tensor, centring: float) -> tuple[Paths, float]:
+    """The chosen final paths of a pass tempered by ``tau``, and their effective size."""
     alive = torch.isfinite(one.log_path)
     log_path = torch.where(alive, one.log_path, 0.0)
-    log_base = torch.where(alive, one.log_base, -math.inf)
-    if fold is not None:
-        index = torch.arange(len(log_base)).reshape((-1,) + (1,) * (log_base.dim() - 1))
-        log_base = torch.where(index % 2 == fold, log_base, -math.inf)
+    log_base = torch.where(alive & chosen, one.log_base, -math.inf)
     towards = log_base + tau * log_path
     ess = weights.effective_sample_size(towards)
     empty = weights.log_sum_exp(towards) == -math.inf

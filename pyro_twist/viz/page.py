@@ -92,14 +92,13 @@ class Section:
 
     def to_html(self) -> str:
         """The section."""
-        parts = [p if isinstance(p, str) else p.to_html() for p in map(_paragraph, self.parts)]
-        body = "".join(parts)
+        body = "".join(map(_part_to_html, self.parts))
         body = f'<div class="columns">{body}</div>' if self.side_by_side else body
         return f"<section><h2>{escape(self.heading)}</h2>{body}</section>"
 
 
-def _paragraph(part: str | Table | Figure) -> str | Table | Figure:
-    return f"<p>{escape(part)}</p>" if isinstance(part, str) else part
+def _part_to_html(part: str | Table | Figure) -> str:
+    return f"<p>{escape(part)}</p>" if isinstance(part, str) else part.to_html()
 
 
 @dataclass(frozen=True)

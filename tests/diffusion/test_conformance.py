@@ -63,9 +63,9 @@ def output_like(model: GaussianDiffusion, t: int, x: Tensor, kind: str) -> Tenso
     x0 = torch.empty_like(x).uniform_(-1, 1)
     eps = (x - step.alpha * x0) / step.sigma
     alpha, sigma = step.alpha * step.input_scale, step.sigma * step.input_scale
-    right = dict(
-        epsilon=eps, sample=x0, v_prediction=alpha * eps - sigma * x0, velocity=eps - x0
-    )[kind]
+    right = dict(epsilon=eps, sample=x0, v_prediction=alpha * eps - sigma * x0, velocity=eps - x0)[
+        kind
+    ]
     output = right + 0.2 * torch.randn_like(x)
     if model.schedule.learned_variance is None:
         return output
@@ -123,9 +123,7 @@ def assert_conforms(
     "variance", ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"]
 )
 def test_ddpm(variance: str, prediction: str, clip: str) -> None:
-    scheduler = DDPMScheduler(
-        variance_type=variance, prediction_type=prediction, **CLIPS[clip]
-    )
+    scheduler = DDPMScheduler(variance_type=variance, prediction_type=prediction, **CLIPS[clip])
     assert_conforms(scheduler, 8)
 
 
@@ -144,9 +142,7 @@ def test_ddpm_fixed_large_log_is_fixed_large(prediction: str, clip: str) -> None
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 def test_ddpm_spacings(schedule: str, spacing: str, offset: int, number: int) -> None:
-    scheduler = DDPMScheduler(
-        beta_schedule=schedule, timestep_spacing=spacing, steps_offset=offset
-    )
+    scheduler = DDPMScheduler(beta_schedule=schedule, timestep_spacing=spacing, steps_offset=offset)
     model = assert_conforms(scheduler, number)
     final = model.kernel({"x": torch.zeros(SHAPE), "x0_hat": torch.zeros(SHAPE)}, 1)
     assert isinstance(final, dist.Delta)

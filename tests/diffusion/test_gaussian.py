@@ -399,9 +399,7 @@ def test_guidance_leaves_the_learned_variance_alone() -> None:
         level = class_labels.to(x).reshape(-1, 1, 1, 1).expand_as(x)
         return torch.cat([level, 0.1 * level + 0.1], 1)
 
-    scheduler = DDPMScheduler(
-        variance_type="learned", prediction_type="sample", clip_sample=False
-    )
+    scheduler = DDPMScheduler(variance_type="learned", prediction_type="sample", clip_sample=False)
     model = GaussianDiffusion(
         denoiser,
         scheduler,

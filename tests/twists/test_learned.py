@@ -1,0 +1,203 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_twist.infer import TrustRegionTwist, TwistedSMC
+from pyro_twist.twists import (
+    CalibratedLookahead,
+    KernelRidge,
+    LearnedTwist,
+    LookaheadTwist,
+    NeuralTwist,
+    Paths,
+    QuadraticTwist,
+    ShiftTwist,
+    fit_likelihood,
+    low_frequencies,
+    tilt,
+)
+from tests.oracles import LinearGaussianChain
+
+FAMILIES = [ShiftTwist, QuadraticTwist, NeuralTwist, CalibratedLookahead]
+
+
+class PlainShift(LearnedTwist):
+    """The shift family without its closed form: what a user would write."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.shift = torch.nn.Parameter(torch.zeros(len(model.timesteps) + 1, 2))
+
+    def get_posterior(self, name: str, prior: Any) -> Any:
+        return tilt(prior, self.shift[int(name.removeprefix("x_"))])
+
+
+def one_pass(twist: Any, particles: int = 400, **options: Any) -> TrustRegionTwist:
+    chain = twist.model
+    smc = TrustRegionTwist(chain, twist, particles, seed=0, kl_budget=0.4, **options)
+    smc.sample()
+    return smc
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_identity_at_the_start(family: Any) -> None:
+    chain = LinearGaussianChain(4, dim=2)
+    start = LookaheadTwist(chain) if family is CalibratedLookahead else None
+    ours = TwistedSMC(chain, family(chain), 30, seed=0).run()
+    plain = TwistedSMC(chain, start, 30, seed=0).run()
+    assert torch.equal(ours.state["x"], plain.state["x"])
+    assert torch.equal(ours.log_weights, plain.log_weights)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded(family: Any, tmp_path: Path) -> None:
+    chain = LinearGaussianChain(3, dim=2, k=1.0)
+    smc = TrustRegionTwist(chain, family(chain), 60, seed=0, guard=False).fit(2)
+    smc.guide.save(tmp_path / "twist.safetensors")
+    other = family(chain).load(tmp_path / "twist.safetensors")
+    a, b = (TwistedSMC(chain, guide, 20, seed=3).run() for guide in (smc.guide, other))
+    assert torch.equal(a.log_weights, b.log_weights)
+    fresh = TwistedSMC(chain, family(chain), 20, seed=3).run()
+    assert not torch.equal(a.log_weights, fresh.log_weights)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+@pytest.mark.parametrize("centring", [0.0, 0.7])
+def test_projection_matches_sufficient_statistics(threshold: float, centring: float) -> None:
+    """Forward-KL projection: the fitted model's expected score is that of the weighted paths."""
+    chain = LinearGaussianChain(4, k=1.2, dim=2)
+    smc = one_pass(ShiftTwist(chain, ridge=0.0), ess_threshold=threshold)
+    paths = smc._batches(0.5)[0]
+    paths = Paths(paths.steps, centring)
+    fit_likelihood(smc.guide, [paths])
+    for step in paths:
+        now = int(step.name.removeprefix("x_"))
+        noise = step.value - step.posterior.base_dist.loc
+        weights = step.weights[:, None]
+        drift = step.prior.base_dist.scale.square() * smc.guide.theta[now]
+        gap = weights * (step.value - step.prior.base_dist.loc - drift)
+        gap = gap - centring * step.base[:, None] * noise
+        assert gap.sum(0).abs().max() < 1e-5
+
+
+def test_closed_form_and_optimiser_agree() -> None:
+    chain = LinearGaussianChain(3, k=1.0, dim=2)
+    closed = one_pass(ShiftTwist(chain, ridge=0.0))
+    plain = PlainShift(chain)
+    for centring in (0.0, 0.5):
+        paths = closed._batches(0.6)[0]
+        paths = Paths(paths.steps, centring)
+        fit_likelihood(closed.guide, [paths])
+        with torch.no_grad():
+            plain.shift.zero_()
+        fit_likelihood(plain, [paths], max_iterations=200)
+        assert torch.allclose(plain.shift, closed.guide.theta, atol=2e-3)
+
+
+def test_gradient_is_zero_at_the_optimum() -> None:
+    chain = LinearGaussianChain(3, k=1.0, dim=2)
+    twist = QuadraticTwist(chain, ridge=0.0)
+    smc = one_pass(twist)
+    paths = Paths(smc._batches(0.6)[0].steps, centring=0.0)
+    fit_likelihood(twist, [paths], max_iterations=300)
+    likelihood = paths.log_likelihood(twist)
+    grads = torch.autograd.grad(likelihood, [twist.slope, twist.precision])
+    assert max(g.abs().max() for g in grads) < 1e-3
+
+
+def test_fitting_calls_neither_model_nor_reward() -> None:
+    chain = LinearGaussianChain(3, dim=2)
+    smc = one_pass(ShiftTwist(chain) + CalibratedLookahead(chain))
+    before = dict(chain.counts)
+    chain.reward = None  # type: ignore[assignment, method-assign]
+    smc.update()
+    assert chain.counts == before
+
+
+def test_slopes_of_a_useless_and_a_perfect_look_ahead() -> None:
+    """Slopes are about 0 where the look-ahead is noise, about 1 where it is the reward."""
+
+    class Blind(LinearGaussianChain):
+        def write(self, state: Any, x: torch.Tensor, t: int) -> None:
+            super().write(state, x, t)
+            if t > 2:
+                state["x0_hat"] = torch.randn_like(x)
+
+    chain = Blind(6, k=1.0, s=0.05)
+    smc = TrustRegionTwist(chain, CalibratedLookahead(chain, smoothing=1e-3), 400, seed=0)
+    smc.fit(1)
+    slopes = smc.guide.slopes
+    assert slopes[3:].max() < 0.3 and 0.8 < slopes[1:3].min() <= slopes[1:3].max() < 1.2
+
+
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "kernel"])
+def test_regression(kind: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(300, 5)
+    y = 2 * x[:, 0] - x[:, 1] + (0.0 if kind == "linear" else 0.5) * x[:, 2] ** 2
+    fit = KernelRidge(kind).fit(x, y, torch.arange(300) // 3)
+    assert fit.score > 0.8
+    gradient = fit.gradient(x)
+    expected = torch.zeros(300, 5, dtype=torch.float64)
+    expected[:, 0], expected[:, 1] = 2, -1
+    expected[:, 2] = 0 if kind == "linear" else x[:, 2].double()
+    error = (gradient - expected).square().mean() / expected.square().mean()
+    assert error < (0.15 if kind == "kernel" else 0.04)
+
+
+def test_regression_gradient_by_differences() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3), torch.randn(40)
+    for kind in ("linear", "quadratic", "kernel"):
+        fit = KernelRidge(kind).fit(x, y, torch.arange(40))  # type: ignore[arg-type]
+
+        def value(points: torch.Tensor, fit: KernelRidge = fit) -> torch.Tensor:
+            p = (points - fit.centre) / fit.width
+            return fit._kernel(p @ fit.points.T, p, fit.points) @ fit.coefficients
+
+        points = torch.randn(4, 3, dtype=torch.float64)
+        shift = 1e-5 * torch.eye(3, dtype=torch.float64)
+        difference = torch.stack(
+            [(value(points + e) - value(points - e)) / 2e-5 for e in shift], -1
+        )
+        assert torch.allclose(fit.gradient(points), difference, atol=1e-6)
+
+
+def test_regression_knows_when_it_knows_nothing() -> None:
+    torch.manual_seed(0)
+    fit = KernelRidge("kernel").fit(torch.randn(200, 50), torch.randn(200), torch.arange(200))
+    assert fit.score < 0.1
+    with pytest.raises(ValueError, match="surrogate='cubic'"):
+        KernelRidge("cubic")  # type: ignore[arg-type]
+
+
+def test_low_frequencies_are_orthonormal() -> None:
+    basis = low_frequencies((3, 8, 8), 2).reshape(12, -1)
+    assert torch.allclose(basis @ basis.T, torch.eye(12), atol=1e-5)
+
+
+def test_quadratic_tilt_is_exact() -> None:
+    """Against the product of densities by quadrature."""
+    chain = LinearGaussianChain(2, dim=1)
+    twist = QuadraticTwist(chain)
+    with torch.no_grad():
+        twist.slope.fill_(0.7)
+        twist.precision.fill_(1.5)
+    twist.args_kwargs = (({}, 2), {})
+    prior = dist.Normal(torch.tensor([0.3]), 0.5).to_event(1)
+    grid = torch.linspace(-6, 6, 20001, dtype=torch.float64)
+    density = (
+        dist.Normal(0.3, 0.5).log_prob(grid) + twist.log_twist({"x": grid[:, None]}, 2)
+    ).exp()
+    density = density / torch.trapezoid(density, grid)
+    with torch.no_grad():
+        found = twist.get_posterior("x_1", prior).log_prob(grid[:, None].float()).exp()
+    assert torch.allclose(found.double(), density, atol=1e-4)
