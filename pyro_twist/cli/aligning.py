@@ -52,6 +52,9 @@ def align_command(model: str, given: dict[str, Any], quiet: bool) -> int:
     except OptionError as error:
         complain(str(error))
         return WRONG_OPTION
+    except OSError as error:
+        complain(f"the results cannot be written: {error}")
+        return FAILED
     except AlignmentFailed as failure:
         outcome = failure.outcome
         code = INTERRUPTED if outcome.error == "interrupted" else FAILED

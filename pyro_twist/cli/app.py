@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,10 +33,15 @@ def main(args: list[str] | None = None) -> None:
 
     :param args: The arguments, by default those of the process.
     """
+    # before PyTorch loads: threads that spin while they wait cost a factor of ten on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
     try:
         code = command.main(args=args, prog_name="pyro-twist", standalone_mode=False)
     except Exception as error:
+        if type(error).__name__ == "Abort":  # what becomes of ctrl-c inside a command
+            complain("interrupted")
+            sys.exit(INTERRUPTED)
         if not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -43,9 +49,6 @@ def main(args: list[str] | None = None) -> None:
             sys.exit(WRONG_OPTION)
         complain(_one_sentence(error.format_message()))
         sys.exit(WRONG_OPTION)
-    except KeyboardInterrupt:
-        complain("interrupted")
-        sys.exit(INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

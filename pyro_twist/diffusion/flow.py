@@ -58,9 +58,7 @@ def _flow_steps(
             eps_from=eps_from("velocity", 1 - sigma, sigma),
             **kernel(sigma, lower),
         )
-        for timestep, sigma, lower in zip(
-            scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True
-        )
+        for timestep, sigma, lower in zip(scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True)
     ]
     return GaussianSchedule(steps=tuple(steps))
 

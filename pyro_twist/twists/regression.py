@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -14,7 +14,7 @@ __all__ = ["KernelRidge", "Surrogate"]
 Surrogate = Literal["linear", "quadratic", "kernel"]
 
 
-class KernelRidge:
+class KernelRidge(torch.nn.Module):
     """
     Kernel ridge regression in dual form; its ridge is chosen by leaving out groups of points.
 
@@ -27,12 +27,33 @@ class KernelRidge:
     :param int max_points: Use at most so many points, evenly spaced.
     """
 
+    points: torch.Tensor
+    coefficients: torch.Tensor
+    centre: torch.Tensor
+    width: torch.Tensor
+    score: torch.Tensor
+
     def __init__(self, kind: Surrogate = "quadratic", *, max_points: int = 1500) -> None:
+        super().__init__()
         if kind not in get_args(Surrogate):
             raise ValueError(f"surrogate={kind!r}; choose one of {get_args(Surrogate)}")
         self.kind, self.max_points = kind, max_points
-        self.score = 0.0
-        self.coefficients: torch.Tensor | None = None
+        for name, shape in {"points": (0, 0), "coefficients": (0,), "centre": (0,)}.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        for name, value in {"width": 1.0, "score": 0.0}.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is a fit."""
+        return len(self.coefficients) > 0
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # the number of points is that of the saved fit
+        for name in ("points", "coefficients", "centre"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def fit(self, points: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor) -> KernelRidge:
         """
@@ -48,14 +69,15 @@ class KernelRidge:
         chosen = torch.linspace(0, len(points) - 1, min(len(points), self.max_points))
         chosen = chosen.round().long().unique()
         x, y, groups = points[chosen].double(), targets[chosen].double(), groups[chosen]
-        self.centre, self.mean = x.mean(0), y.mean()
+        self.centre, mean = x.mean(0), y.mean()
         x = x - self.centre
         self.width = x.square().sum(1).mean().sqrt().clamp(min=1e-12)
         self.points = x / self.width
         gram = self._kernel(self.points @ self.points.T, self.points, self.points)
-        ridge, self.score = self._best_ridge(gram, y - self.mean, groups)
+        ridge, score = self._best_ridge(gram, y - mean, groups)
+        self.score = torch.tensor(score, dtype=torch.float64)
         eye = torch.eye(len(y), dtype=torch.float64)
-        self.coefficients = torch.linalg.solve(gram + ridge * eye, y - self.mean)
+        self.coefficients = torch.linalg.solve(gram + ridge * eye, y - mean)
         return self
 
     def _kernel(self, inner: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -100,7 +122,7 @@ class KernelRidge:
         :returns: Of the same shape, in float64.
         :rtype: torch.Tensor
         """
-        assert self.coefficients is not None, "call fit first"
+        assert self.fitted, "call fit first"
         x = (points.double() - self.centre) / self.width
         inner = x @ self.points.T
         if self.kind == "linear":

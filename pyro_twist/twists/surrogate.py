@@ -57,6 +57,8 @@ class SurrogateTwist(LinearTwist):
     :param bool fitted: Whether the gains are fitted; otherwise they stay at the prior.
     """
 
+    data_variance: torch.Tensor
+
     def __init__(
         self,
         model: Any,
@@ -78,12 +80,12 @@ class SurrogateTwist(LinearTwist):
         self.knots, self.cap, self.gate = knots, cap, gate
         self.prior_gain, self.fitted = prior_gain, fitted
         self.regression = KernelRidge(surrogate)
-        self.data_variance = 0.0
+        self.register_buffer("data_variance", torch.tensor(0.0, dtype=torch.float64))
 
     @property
     def score(self) -> float:
         """Share of variance that the surrogate explains on paths left out."""
-        return self.regression.score
+        return float(self.regression.score)
 
     def observe(self, passes: Sequence[Pass]) -> None:
         """Fits the surrogate to all pairs so far, and sets the prior of the gains."""
@@ -91,10 +93,14 @@ class SurrogateTwist(LinearTwist):
         if len(points) < 8 or float(targets.std()) < 1e-9:
             return
         self.regression.fit(points, targets, groups)
+        # over the entries of a sample as well: resampled particles are too alike to tell
         ends = torch.cat([self._flat(one.state["x"]) for one in passes])
-        self.data_variance = float(ends.double().var(0).mean().clamp(min=1e-6))
+        self.data_variance = ends.double().var().clamp(min=1e-6)
         trust = self.score if self.score > self.gate else 0.0
         self.prior_mean.fill_(self.prior_gain * trust)
+        # the likelihood moves the gains from there, and only as far as it proves itself
+        with torch.no_grad():
+            self.theta.copy_(self.prior_mean)
 
     def _event_dim(self) -> int:
         return len(self.model.event_shape)
@@ -105,8 +111,7 @@ class SurrogateTwist(LinearTwist):
     def features(self, name: str, prior: Any) -> torch.Tensor | None:
         """The capped direction, in shares by knot."""
         state, args = self.args_kwargs[0][0], self.args_kwargs[0]
-        known = self.regression.coefficients is not None
-        if len(args) < 2 or not known or not is_normal(prior):
+        if len(args) < 2 or not self.regression.fitted or not is_normal(prior):
             return None
         direction = self._direction(state["x0_hat"], int(args[1]), loc_scale(prior)[1])
         shares = _hat(now_of(self) / self.model.timesteps[0], self.knots)
@@ -114,7 +119,7 @@ class SurrogateTwist(LinearTwist):
 
     def _direction(self, x0_hat: torch.Tensor, t: int, std: torch.Tensor) -> torch.Tensor:
         step = self.model.schedule[t]
-        signal, noise, v0 = step.alpha**2, step.sigma**2, self.data_variance
+        signal, noise, v0 = step.alpha**2, step.sigma**2, float(self.data_variance)
         posterior = v0 * noise / (signal * v0 + noise)
         gradient = self.regression.gradient(self._flat(x0_hat)).reshape(x0_hat.shape)
         shift = (step.x0_coef * posterior) * gradient / std.double()
@@ -125,7 +130,7 @@ class SurrogateTwist(LinearTwist):
 
     def solve(self, batches: Sequence[Any]) -> torch.Tensor:
         """The gains; the prior ones where they are not fitted or there is no surrogate."""
-        if not self.fitted or self.regression.coefficients is None:
+        if not self.fitted or not self.regression.fitted:
             return self.prior_mean.double()
         return super().solve(batches)
 

@@ -82,6 +82,7 @@ def _draw_panel(axis: Axes, methods: Sequence[WeightedValues]) -> None:
     axis.set_yticks(range(len(methods)), [method.label for method in methods])
     axis.set_ylim(len(methods) - 0.4, -0.6)
     axis.tick_params(length=0)
+    axis.locator_params(axis="x", nbins=6)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.grid(axis="x", color="#e4e7eb", linewidth=0.6)
     axis.set_axisbelow(True)
