@@ -77,10 +77,12 @@ class TwistedSMC(SMCFilter):
     :param torch.Generator generator: The generator of the resampling; by default one seeded from
         the run's random stream when it is first needed.
     :param int seed: Makes the run depend on nothing but this seed, and leaves torch's global
-        random state alone. By default the run draws from torch's global stream.
+        random state alone. Runs of one seed share their noise, also across guides. By default the
+        run draws from torch's global stream.
     :param str history: ``"ancestors"`` keeps who descends from whom, ``"paths"`` also the value of
         every latent site, ``"off"`` neither, so that memory does not grow with the steps.
-    :param bool progress: Whether :meth:`run` shows a progress bar; by default on a terminal only.
+    :param bool progress: Whether :meth:`run` shows a progress bar; by default on a terminal only,
+        and so not in a notebook.
     :raises ValueError: If an argument is out of range.
 
     **References**

@@ -15,12 +15,6 @@ from pyro_twist.twists.learned import LearnedTwist, LinearTwist, is_normal, loc_
 __all__ = ["NeuralTwist", "QuadraticTwist", "ShiftTwist", "low_frequencies"]
 
 
-def now_of(twist: Any) -> int:
-    """The time index of the value that the step in ``args_kwargs`` produces."""
-    args = twist.args_kwargs[0]
-    return int(twist.model.timesteps[0]) if len(args) < 2 else int(args[1]) - 1
-
-
 def low_frequencies(event_shape: tuple[int, ...], count: int) -> torch.Tensor:
     """
     Smooth images: the lowest ``count`` by ``count`` cosine waves in each channel.
@@ -82,7 +76,7 @@ class ShiftTwist(LinearTwist):
 
     def block(self) -> int:
         """One block for every time index."""
-        return now_of(self)
+        return self.time_after(*self.args_kwargs[0][1:])
 
     def features(self, name: str, prior: Any) -> torch.Tensor | None:
         """The basis, the same for all particles."""
@@ -95,7 +89,7 @@ class ShiftTwist(LinearTwist):
         """See :meth:`~pyro_twist.twists.Twist.log_twist`."""
         if not self.value:
             return 0.0
-        now = self.model.timesteps[0] if t is None else t - 1
+        now = self.time_after(t)
         direction = torch.tensordot(self.theta[now], self.basis, dims=1).double()
         return _contract(direction * state[self.key].double(), direction.dim())
 
@@ -134,7 +128,7 @@ class QuadraticTwist(LearnedTwist):
 
     def get_posterior(self, name: str, prior: Any) -> Any:
         """The exactly tilted kernel."""
-        now = now_of(self)
+        now = self.time_after(*self.args_kwargs[0][1:])
         slope, precision = self.slope[now], self.precision[now]
         unused = not torch.is_grad_enabled() and not (slope.any() or precision.any())
         if unused or not is_normal(prior):
@@ -149,7 +143,7 @@ class QuadraticTwist(LearnedTwist):
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`~pyro_twist.twists.Twist.log_twist`."""
-        now = self.model.timesteps[0] if t is None else t - 1
+        now = self.time_after(t)
         x = state[self.key].double()
         value = self.slope[now] * x - 0.5 * self.precision[now] * x.square()
         return _contract(value, self.slope.dim() - 1)
@@ -207,13 +201,13 @@ class NeuralTwist(LearnedTwist):
             return prior
         with torch.enable_grad():
             mean = loc_scale(prior)[0].detach().clone().requires_grad_()
-            total = self._value(mean, now_of(self)).sum()
+            total = self._value(mean, self.time_after(*self.args_kwargs[0][1:])).sum()
             (gradient,) = torch.autograd.grad(total, mean, create_graph=fitting)
         return tilt(prior, gradient)
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`~pyro_twist.twists.Twist.log_twist`."""
-        now = self.model.timesteps[0] if t is None else t - 1
+        now = self.time_after(t)
         return self._value(state[self.key], now).double()
 
     def penalty(self) -> torch.Tensor:

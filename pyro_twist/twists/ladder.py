@@ -44,7 +44,7 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`~pyro_twist.twists.Twist.log_twist`."""
-        now = self.model.timesteps[0] if t is None else t - 1
+        now = self.time_after(t)
         if now in self.schedule:
             self._look(state, now)
             state["lookahead_log_twist"] = self.slopes[now] * state["lookahead"]

@@ -35,7 +35,8 @@ class LookaheadTwist(Twist):
 
     where only scheduled steps count. The engine divides the whole twist out again after the last
     step, so all four sample the same tilted law; they differ in where particles are lost. The
-    proposal is the model's own kernel.
+    proposal is the model's own kernel. All but ``"diff"`` add up over the schedule: give them a
+    few steps to look ahead at, since at every step they are far too greedy.
 
     A look-ahead of :math:`-\\infty` (a hard constraint that the prediction violates) is no proof
     that the particle is lost: it counts as ``floor`` nats below the best particle. A floor far
@@ -82,7 +83,7 @@ class LookaheadTwist(Twist):
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`Twist.log_twist`; keeps its running sums in ``state``."""
-        now = self.model.timesteps[0] if t is None else t - 1
+        now = self.time_after(t)
         if now in self.schedule:
             self._look(state, now)
         return state.get("lookahead_log_twist", 0.0)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from pyro_twist.twists.families import now_of
 from pyro_twist.twists.learned import LinearTwist, is_normal, loc_scale
 from pyro_twist.twists.paths import Pass
 from pyro_twist.twists.regression import KernelRidge, Surrogate
@@ -114,7 +113,7 @@ class SurrogateTwist(LinearTwist):
         if len(args) < 2 or not self.regression.fitted or not is_normal(prior):
             return None
         direction = self._direction(state["x0_hat"], int(args[1]), loc_scale(prior)[1])
-        shares = _hat(now_of(self) / self.model.timesteps[0], self.knots)
+        shares = _hat(self.time_after(*args[1:]) / self.model.timesteps[0], self.knots)
         return shares.to(direction).reshape((-1,) + (1,) * direction.dim()) * direction
 
     def _direction(self, x0_hat: torch.Tensor, t: int, std: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,18 @@ class Twist(GuideMessenger, PyroModule, metaclass=_TwistMeta):
         """The model, which is no submodule."""
         return self._model[0]
 
+    def time_after(self, *args: Any) -> int:
+        """
+        The time index of the state that a step produces.
+
+        :param args: The arguments of ``init`` or ``step`` after the state: none, or the time
+            index ``t`` first. In :meth:`get_posterior` they are ``self.args_kwargs[0][1:]``.
+        :returns: ``T`` for ``init``, ``t - 1`` for ``step``.
+        """
+        if not args or args[0] is None:
+            return int(self.model.timesteps[0])
+        return int(args[0]) - 1
+
     def get_posterior(self, name: str, prior: Any) -> Any:
         """
         The proposal at a site; the state before the step is ``self.args_kwargs[0][0]``.
