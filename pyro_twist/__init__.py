@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_twist import align, diffusion, infer, rewards, twists, viz, zoo
     from pyro_twist.diffusion import GaussianDenoiser, GaussianDiffusion, GaussianMixtureDenoiser
-    from pyro_twist.infer import BestOfN, ImportanceSampling, SMCResult, TwistedSMC
+    from pyro_twist.infer import (
+        BestOfN,
+        ImportanceSampling,
+        SMCResult,
+        TrustRegionTwist,
+        TwistedSMC,
+    )
     from pyro_twist.rewards import (
         Reward,
         RewardError,
@@ -43,6 +49,7 @@ __all__ = [
     "RewardTilted",
     "SMCResult",
     "Tilted",
+    "TrustRegionTwist",
     "Twist",
     "TwistedSMC",
     "__version__",
@@ -60,7 +67,7 @@ __all__ = [
 _HOMES = {
     "align": (),
     "diffusion": ("GaussianDenoiser", "GaussianDiffusion", "GaussianMixtureDenoiser"),
-    "infer": ("BestOfN", "ImportanceSampling", "SMCResult", "TwistedSMC"),
+    "infer": ("BestOfN", "ImportanceSampling", "SMCResult", "TrustRegionTwist", "TwistedSMC"),
     "rewards": (
         "Reward",
         "RewardError",

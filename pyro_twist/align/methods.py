@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pyro_twist.align.options import unknown
-from pyro_twist.infer import BestOfN, ImportanceSampling, SMCResult, TwistedSMC
+from pyro_twist.infer import (
+    BestOfN,
+    ImportanceSampling,
+    SMCResult,
+    TrustRegionTwist,
+    TwistedSMC,
+)
 from pyro_twist.twists import LookaheadTwist
 
 __all__ = ["Method", "Setting", "default_methods", "find_methods", "methods", "register_method"]
@@ -149,6 +155,13 @@ def _steering_at_few(setting: Setting) -> Runnable:
     return TwistedSMC(setting.model, twist, **setting.resampled)
 
 
+def _trust_region(setting: Setting) -> Runnable:
+    """As many passes as leave every one four particles, at most four."""
+    passes = max(1, min(4, setting.num_particles // 4))
+    options = {**setting.resampled, "num_particles": setting.num_particles // passes}
+    return TrustRegionTwist(setting.model, None, num_iterations=passes - 1, **options)
+
+
 register_method(
     Method(
         "base",
@@ -197,5 +210,15 @@ register_method(
         "samples of the tilted law",
         _steering,
         default=True,
+    )
+)
+register_method(
+    Method(
+        "tri-tsmc",
+        "TRI-TSMC",
+        "Splits the budget into up to four passes, learns from each how to steer the next "
+        "(trust-region twisted SMC), and pools them; experimental.",
+        "samples of the tilted law",
+        _trust_region,
     )
 )
