@@ -36,7 +36,8 @@ class GaussianDiffusion:
       same shape, where the kernel needs them.
 
     The batch shape is that of the plates around the model. The network is evaluated once per state,
-    ``num_inference_steps`` times per trajectory, and no graph is kept unless ``keep_graph`` is set.
+    ``num_inference_steps`` times per trajectory; a graph is kept only where something in the state
+    requires a gradient, or ``keep_graph`` is set.
     Kernels are computed in float32, or in torch's default dtype if that is wider, whatever the
     dtype of the network::
 
@@ -226,7 +227,8 @@ class GaussianDiffusion:
             for name in ("eps_hat", "std_hat"):
                 state.pop(name, None)
             return
-        with torch.enable_grad() if self.keep_graph else torch.no_grad():
+        wanted = torch.is_grad_enabled() and _needs_gradient(state, x)
+        with torch.set_grad_enabled(self.keep_graph or wanted):
             if self.keep_graph:
                 x = x.detach().requires_grad_()
             state["x"] = x
@@ -253,3 +255,8 @@ class GaussianDiffusion:
                     "one population per entry, or conditioning_event_dims if these are event "
                     "dimensions"
                 )
+
+
+def _needs_gradient(state: Mapping[Any, Tensor], x: Tensor) -> bool:
+    others = [value for name, value in state.items() if name not in ("x", "x0_hat")]
+    return x.requires_grad or any(getattr(value, "requires_grad", False) for value in others)

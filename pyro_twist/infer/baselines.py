@@ -54,7 +54,7 @@ class BestOfN(ImportanceSampling):
     :param int num_particles: The number of trajectories, :math:`N`.
     :param int max_plate_nesting: Bound on the number of nested plates in the model.
     :param int keep: How many to keep, of each population.
-    :param str by: The entry of the state to rank by.
+    :param str by: The entry of the state to rank by, highest first, whatever the scale.
     :param options: Further options of :class:`TwistedSMC`.
     """
 
@@ -70,6 +70,9 @@ class BestOfN(ImportanceSampling):
     ) -> None:
         if not 1 <= keep <= num_particles:
             raise ValueError(f"keep={keep}; give a number from 1 to num_particles={num_particles}")
+        names = getattr(model, "reward_names", None)
+        if names is not None and by == "reward" and by not in names:
+            raise ValueError(f"by='reward', but the model's rewards are {names}; name one in by=")
         super().__init__(model, num_particles, max_plate_nesting, **options)
         self.keep = keep
         self.by = by

@@ -12,14 +12,17 @@ site that the guide does not propose is drawn from the model and contributes not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.infer_config_messenger import InferConfigMessenger
+from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import site_is_subsample
 
 from pyro_twist.twists.tilting import log_ratio
@@ -97,24 +100,44 @@ def effect_increments(
         with poutine.trace() as tracer, plate:
             run(state, *args, **kwargs)
         return tracer.trace, list(_effects(tracer.trace))
-    guide.args_kwargs = ((state, *args), kwargs)
-    try:
-        with guide, plate:
-            run(state, *args, **kwargs)
-    finally:
-        del guide.args_kwargs
+    with _called(guide, ((state, *args), kwargs)), guide, plate:
+        if isinstance(guide, AutoMessenger):
+            # what its own __call__ would do: parameters are not batched over particles
+            object.__setattr__(guide, "_outer_plates", get_plates())
+        run(state, *args, **kwargs)
     trace, guide.trace = guide.trace, poutine.Trace()
     return trace, list(_effects(trace))
+
+
+@contextmanager
+def _called(guide: GuideMessenger, args_kwargs: Any) -> Iterator[None]:
+    """Tells the guide its arguments, and marks the sites that it emits itself."""
+    original = guide.get_posterior
+    mark: Any = {"_from_guide": True}
+
+    def marked(name: str, prior: Any) -> Any:
+        with InferConfigMessenger(lambda site: mark):
+            return original(name, prior)
+
+    guide.args_kwargs = args_kwargs
+    object.__setattr__(guide, "get_posterior", marked)
+    try:
+        yield
+    finally:
+        object.__delattr__(guide, "get_posterior")
+        del guide.args_kwargs
+        guide.__dict__.pop("_outer_plates", None)
 
 
 def _effects(trace: poutine.Trace) -> Iterator[Increment]:
     for name, site in sample_sites(trace):
         prior = site["infer"].get("prior")
-        if site["is_observed"]:
+        if site["infer"].get("_from_guide"):
+            if not _is_deterministic(site):
+                yield _increment(name, site, -_log_prob(site))
+        elif site["is_observed"]:
             if not _is_deterministic(site):
                 yield _increment(name, site, _log_prob(site))
-        elif site["infer"].get("is_auxiliary"):
-            yield _increment(name, site, -_log_prob(site))
         elif prior is not None and prior is not site["fn"]:
             ratio = log_ratio(prior, site["fn"], site["value"])
             yield _increment(name, site, scale_and_mask(ratio, site["scale"], site["mask"]))
@@ -158,7 +181,12 @@ def _replayed(trace: poutine.Trace, guide_trace: poutine.Trace) -> Iterator[Incr
                 f"the guide's factor or observation {name!r} has a namesake in the model, which "
                 "would count it twice. Rename the one in the guide."
             )
-        elif not model_site["is_observed"]:
+        elif model_site["is_observed"]:
+            raise ValueError(
+                f"the guide samples {name!r}, which the model observes. Take it out of the guide, "
+                "for example with poutine.block(hide=...)."
+            )
+        else:
             yield _increment(name, model_site, _site_ratio(name, model_site, site))
     for name, site in sample_sites(trace):
         if site["is_observed"] and not _is_deterministic(site):
@@ -208,9 +236,9 @@ class LogProbReducer:
 
     def find_populations(self, trace: poutine.Trace) -> None:
         """Learns the device and, from the named plate, number and dim of the populations."""
-        values = [site["value"] for _, site in sample_sites(trace)]
-        if values:
-            self.device = values[0].device
+        devices = [site["value"].device for _, site in sample_sites(trace)]
+        # an index drawn on the CPU must not hold the weights of particles on a GPU there
+        self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         if self.population_plate is None:
             return
         frames = [f for _, site in sample_sites(trace) for f in site["cond_indep_stack"]]
@@ -229,7 +257,25 @@ class LogProbReducer:
         self._check_plates(increment)
         return replace(increment, value=self._reduce(increment.name, increment.value))
 
+    def check_latents(self, trace: poutine.Trace) -> None:
+        """Refuses latents that all populations would share."""
+        for name, site in sample_sites(trace):
+            if self.population_plate is not None and not site["is_observed"]:
+                self._check_plates(_increment(name, site, site["value"]))
+
     def _check_plates(self, increment: Increment) -> None:
+        dims = {plate.dim for plate in increment.plates if plate.vectorized}
+        sizes = enumerate(reversed(increment.value.shape), start=1)
+        stray = [-k for k, size in sizes if size > 1 and -k not in dims]
+        if stray and self.population_plate is None:
+            raise ValueError(
+                f"site {increment.name!r} has a log-probability of shape "
+                f"{tuple(increment.value.shape)}, but dim {stray[0]} is in no plate. Try one of "
+                "the following fixes: declare event dims with .to_event(); open a pyro.plate; "
+                "return one number per particle, of the batch shape "
+                f"{(self.num_particles,) + (1,) * self.max_plate_nesting}, from a reward; raise "
+                "max_plate_nesting."
+            )
         if self.population_plate is None:
             return
         if all(plate.name != self.population_plate for plate in increment.plates):
@@ -251,7 +297,7 @@ class LogProbReducer:
             )
         keep = {0, self.population_axis} if len(self.shape) == 2 else {0}
         rest = [dim for dim in range(dims) if dim not in keep]
-        value = value.double()
+        value = value.to(self.device, torch.float64)
         return value.sum(rest) if rest else value
 
     def check_log_twist(self, value: torch.Tensor | float, step: str) -> torch.Tensor:
@@ -274,9 +320,9 @@ class LogProbReducer:
 
     def state_dict(self) -> dict[str, Any]:
         """What was learnt from the first trace."""
-        return {"axis": self.population_axis, "shape": self.shape, "device": str(self.device)}
+        return {"axis": self.population_axis, "shape": self.shape}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
+    def load_state_dict(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Restores what :meth:`state_dict` returned, for weights on a device."""
         self.population_axis, self.shape = saved["axis"], tuple(saved["shape"])
-        self.device = torch.device(saved["device"])
+        self.device = device

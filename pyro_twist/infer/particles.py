@@ -22,6 +22,13 @@ def take_ancestors(value: torch.Tensor, index: torch.Tensor, axis: int = 1) -> t
     :returns: A tensor shaped like ``value``.
     :rtype: torch.Tensor
     """
+    index = index.to(value.device)
+    # a graph kept for a gradient twist must outlive the resampling
+    with torch.set_grad_enabled(value.requires_grad):
+        return _take(value, index, axis)
+
+
+def _take(value: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
     if index.dim() == 1:
         return value.index_select(0, index)
     populations = torch.arange(index.shape[1], device=index.device)

@@ -100,7 +100,7 @@ class Record:
         self.increments.append(increment)
         self.resampled.append(resampled)
         if self.history != "off":
-            self.ancestors.append(ancestors)
+            self.ancestors.append(None if ancestors is None else ancestors.int())
         if self.history == "paths":
             self.sites.append(self._pending)
 
@@ -126,7 +126,7 @@ class Record:
     def _all_ancestors(self, like: torch.Tensor) -> torch.Tensor:
         same = torch.arange(like.shape[0], device=like.device)
         same = same.reshape((-1,) + (1,) * (like.dim() - 1)).expand(like.shape)
-        return torch.stack([same if index is None else index for index in self.ancestors])
+        return torch.stack([same if index is None else index.long() for index in self.ancestors])
 
     def samples(self, axis: int) -> dict[str, torch.Tensor] | None:
         """The value of every latent site along the lineages of the present particles."""
@@ -136,7 +136,7 @@ class Record:
         lineage: torch.Tensor | None = None
         steps = zip(reversed(self.sites), reversed(self.ancestors), strict=True)
         for sites, ancestors in steps:
-            lineage = _compose(ancestors, lineage)
+            lineage = _compose(None if ancestors is None else ancestors.long(), lineage)
             for name, value in sites.items():
                 followed = value if lineage is None else take_ancestors(value, lineage, axis)
                 paths.setdefault(name, followed)
@@ -145,10 +145,19 @@ class Record:
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, fit for ``torch.save``."""
         series = {name: getattr(self, name).tensor() for name in _SERIES}
-        return {**series, "ancestors": list(self.ancestors), "sites": list(self.sites)}
+        kept = {"ancestors": list(self.ancestors), "sites": list(self.sites)}
+        return {**series, **kept, "history": self.history}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
+        """
+        Restores what :meth:`state_dict` returned.
+
+        :raises ValueError: If another history was kept.
+        """
+        if saved["history"] != self.history:
+            raise ValueError(
+                f"the saved run kept history={saved['history']!r}, this one {self.history!r}"
+            )
         for name in _SERIES:
             setattr(self, name, Series.of(saved[name]))
         self.ancestors, self.sites = list(saved["ancestors"]), list(saved["sites"])

@@ -130,7 +130,7 @@ class SMCResult:
         return weights.weighted_mean(self._by_population(values), self.log_weights)
 
     def _by_population(self, value: torch.Tensor) -> torch.Tensor:
-        """Moves the populations to dim 1 and drops dims of size one that only carry plates."""
+        """Moves the populations to dim 1."""
         if self.log_weights.dim() == 2:
             return value.movedim(self.population_axis, 1)
         return value
@@ -151,6 +151,8 @@ class SMCResult:
         :returns: A result with ``num_samples`` particles of equal weight.
         """
         size = self.num_particles if num_samples is None else num_samples
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"num_samples={num_samples!r}; give a whole number, 1 or more")
         scheme = get_resampling(resampling)
         probs = self.get_normalized_weights()
         columns = [scheme(column, size, generator) for column in probs.reshape(len(probs), -1).T]
@@ -168,7 +170,8 @@ class SMCResult:
         if self.samples is not None:
             axis = self.population_axis
             paths = {k: take_ancestors(v, index, axis) for k, v in self.samples.items()}
-        log_weights = self.log_normalizer.expand(index.shape).clone()
+        log_weights = self.log_normalizer.expand(index.shape)
+        log_weights = torch.where(log_weights.isnan(), 0.0, log_weights)
         return replace(self, state=take, log_weights=log_weights, samples=paths)
 
     def best(self, k: int = 1, *, by: str = "reward") -> SMCResult:
@@ -186,7 +189,13 @@ class SMCResult:
             raise ValueError(f"by={by!r} is no entry of the state; there are {known}")
         if not 1 <= k <= self.num_particles:
             raise ValueError(f"k={k}; give a number from 1 to {self.num_particles}")
-        values = self._by_population(self.state[by]).reshape(self.log_weights.shape)
+        values = self._by_population(self.state[by])
+        if values.numel() != self.log_weights.numel():
+            raise ValueError(
+                f"by={by!r} has shape {tuple(self.state[by].shape)}; ranking needs one number for "
+                f"each of the weights, whose shape is {tuple(self.log_weights.shape)}"
+            )
+        values = values.reshape(self.log_weights.shape)
         alive = torch.where(self.log_weights > -torch.inf, values.double(), -torch.inf)
         chosen = self.select(alive.topk(k, dim=0).indices)
         nan = torch.full_like(self.log_normalizer, torch.nan)

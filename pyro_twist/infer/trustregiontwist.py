@@ -168,9 +168,10 @@ class TrustRegionTwist(TwistedSMC):
 
     def sample(self, *args: Any, **kwargs: Any) -> SMCResult:
         """One pass with the twist as it is, kept for the next :meth:`update`; its own result."""
-        result = super().run(*args, **kwargs)
-        self._keep_pass(result)
-        return result
+        self._arguments = (args, kwargs)
+        self._num_steps = -1
+        self._keep_pass(super().resume())
+        return self._results[-1]
 
     def resume(self) -> SMCResult:
         """Goes on after a failure, in :meth:`run`: finishes the pass, and makes the others."""
@@ -195,7 +196,7 @@ class TrustRegionTwist(TwistedSMC):
         self.passes.append(
             Pass(
                 steps=self._steps,
-                ancestors=list(self._record.ancestors),
+                ancestors=[a if a is None else a.long() for a in self._record.ancestors],
                 log_path=self._memory["log_path"],
                 log_base=self._memory["log_base"],
                 log_terminal=self._memory["log_terminal"],
@@ -243,6 +244,7 @@ class TrustRegionTwist(TwistedSMC):
                 prior=site["infer"].get("prior", site["fn"]),
                 posterior=site["fn"],
                 value=site["value"],
+                stepping=self._num_steps >= 0,
             )
             for name, site in sites
         ]

@@ -32,6 +32,7 @@ from pyro_twist.infer.randomness import RandomStream
 from pyro_twist.infer.record import Record
 from pyro_twist.infer.resampling import get_resampling
 from pyro_twist.infer.result import SMCResult
+from pyro_twist.twists.twist import Twist
 
 __all__ = ["History", "SMCFailed", "TwistedSMC"]
 
@@ -76,9 +77,9 @@ class TwistedSMC(SMCFilter):
         they are resampled separately.
     :param torch.Generator generator: The generator of the resampling; by default one seeded from
         the run's random stream when it is first needed.
-    :param int seed: Makes the run depend on nothing but this seed, and leaves torch's global
-        random state alone. Runs of one seed share their noise, also across guides. By default the
-        run draws from torch's global stream.
+    :param int seed: Makes all of torch's draws in the run depend on nothing but this seed, and
+        leaves torch's global random state alone. Runs of one seed share their noise, also across
+        guides. By default the run draws from torch's global stream.
     :param str history: ``"ancestors"`` keeps who descends from whom, ``"paths"`` also the value of
         every latent site, ``"off"`` neither, so that memory does not grow with the steps.
     :param bool progress: Whether :meth:`run` shows a progress bar; by default on a terminal only,
@@ -109,6 +110,7 @@ class TwistedSMC(SMCFilter):
         progress: bool | None = None,
     ) -> None:
         _check_arguments(num_particles, max_plate_nesting, ess_threshold, history)
+        _check_guide(guide)
         if resampling != "none":
             get_resampling(resampling)
         if population_plate is not None and max_plate_nesting == 0:
@@ -125,6 +127,7 @@ class TwistedSMC(SMCFilter):
         self._given_generator = generator
         self._stream = RandomStream(seed)
         self._num_steps = -1
+        self._arguments: tuple[Any, Any] = ((), {})
         self._reset()
 
     def _reset(self) -> None:
@@ -136,7 +139,7 @@ class TwistedSMC(SMCFilter):
         self._log_normalizer = torch.zeros((), dtype=torch.float64)
         self._record = Record(self.history)
         self._memory: dict[str, torch.Tensor] = {}
-        self._counts = Counter(self._model_counts())
+        self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._num_steps = -1
 
@@ -184,25 +187,26 @@ class TwistedSMC(SMCFilter):
         Runs all steps; never resamples after the last.
 
         Any arguments are passed to ``init``. If a step fails, say in the reward, the particles
-        stay as they were before it, and :meth:`resume` goes on from there.
+        stay as they were before it (unless the model writes into its tensors), and :meth:`resume`
+        goes on from there.
 
         :returns: The weighted particles.
         :rtype: SMCResult
         :raises ValueError: If the model has no ``timesteps``.
         :raises SMCFailed: If no particle of a population has weight; names site and step.
         """
-        self._timesteps()
-        with self._bar() as bar:
-            self.init(*args, **kwargs)
-            self._report(bar)
-            return self._remaining(bar)
+        self._arguments = (args, kwargs)
+        self._num_steps = -1
+        return self.resume()
 
     def resume(self) -> SMCResult:
         """Runs the steps that are left, after a failed :meth:`run` or :meth:`load_state_dict`."""
-        if self._num_steps < 0:
-            return self.run()
         self._timesteps()
         with self._bar() as bar:
+            if self._num_steps < 0:
+                args, kwargs = self._arguments
+                self.init(*args, **kwargs)
+                self._report(bar)
             return self._remaining(bar)
 
     def _remaining(self, bar: Any) -> SMCResult:
@@ -218,7 +222,14 @@ class TwistedSMC(SMCFilter):
                 f"{type(self.model).__name__} has no `timesteps`, so the number of steps is "
                 "unknown. Call init() and step() by hand, or give the model a tuple `timesteps`."
             )
-        return tuple(self.model.timesteps)
+        timesteps = tuple(self.model.timesteps)
+        if timesteps != tuple(range(len(timesteps), 0, -1)):
+            raise ValueError(
+                f"the model's timesteps are {timesteps}; they count down from the number of steps "
+                f"to 1, as in tuple(range({len(timesteps)}, 0, -1)). Keep other times, such as a "
+                "scheduler's, inside the model."
+            )
+        return timesteps
 
     @contextmanager
     def _bar(self) -> Iterator[Any]:
@@ -237,8 +248,7 @@ class TwistedSMC(SMCFilter):
     # one step
 
     def _move(self, method: str, args: Any, kwargs: Any, *, resample: bool = True) -> None:
-        start = time.perf_counter()
-        with self._transaction(), self._stream(), torch.no_grad():
+        with self._accounts(), self._transaction(), self._stream(), torch.no_grad():
             increments = self._propagate(method, args, kwargs)
             log_twist = self._look_ahead(method, args, kwargs)
             increment, ess = self._reweight(increments, log_twist, method, args)
@@ -246,7 +256,18 @@ class TwistedSMC(SMCFilter):
             ancestors, resampled = self._maybe_resample(ess, resample)
             self._record.add(ess, log_normalizer, increment, resampled, ancestors)
         self._num_steps += 1
-        self._seconds += time.perf_counter() - start
+
+    @contextmanager
+    def _accounts(self) -> Iterator[None]:
+        """Adds up time and the model's evaluations, those of a step that fails included."""
+        start, before = time.perf_counter(), Counter(self._model_counts())
+        try:
+            yield
+        finally:
+            spent = Counter(self._model_counts())
+            spent.subtract(before)
+            self._counts.update(spent)
+            self._seconds += time.perf_counter() - start
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -254,9 +275,13 @@ class TwistedSMC(SMCFilter):
         entries, memory = dict(self.state), dict(self._memory)
         log_weights = self.state._log_weights
         twist, normalizer = self._log_twist, self._log_normalizer
+        generator = self._given_generator
+        drawn = None if generator is None else generator.get_state()
         try:
             yield
         except BaseException:
+            if generator is not None and drawn is not None:
+                generator.set_state(drawn)
             self.state.clear()
             self.state.update(entries)
             self.state._log_weights, self._memory = log_weights, memory
@@ -265,6 +290,8 @@ class TwistedSMC(SMCFilter):
 
     def _propagate(self, method: str, args: Any, kwargs: Any) -> list[Increment]:
         run, before = getattr(self.model, method), dict(self.state)
+        if isinstance(self.guide, Twist):
+            self.guide.stepping = method == "step"
         with poutine.block(hide_types=["sample", "observe"]):
             if self.guide is None or isinstance(self.guide, GuideMessenger):
                 trace, found = effect_increments(
@@ -276,6 +303,7 @@ class TwistedSMC(SMCFilter):
                 )
         if method == "init":
             self._allocate(trace)
+        self._reducer.check_latents(trace)
         self._observe(trace, before, args, kwargs)
         return [self._reducer(increment) for increment in found]
 
@@ -304,14 +332,14 @@ class TwistedSMC(SMCFilter):
             value = log_twist(self.state, *args, **kwargs)
         if isinstance(value, (int, float)) and value == 0:
             return None
-        return self._reducer.check_log_twist(value, f"{method}{args}")
+        return self._reducer.check_log_twist(value, _label(method, args))
 
     def _is_last(self, method: str, args: Any, kwargs: Any) -> bool:
         timesteps = getattr(self.model, "timesteps", None)
         if method == "init" or not timesteps:
             return False
         t = args[0] if args else kwargs.get("t")
-        return bool(t == timesteps[-1])
+        return isinstance(t, int) and t == timesteps[-1]
 
     def _reweight(
         self, increments: list[Increment], log_twist: torch.Tensor | None, method: str, args: Any
@@ -326,7 +354,7 @@ class TwistedSMC(SMCFilter):
             log_weights -= self._log_twist
         total, ess = weights.total_and_ess(log_weights)
         if not torch.isfinite(total).all():
-            self._explain(increments, f"{method}{args}")
+            self._explain(increments, _label(method, args))
         self.state._log_weights = log_weights.sub_(total)
         self._log_twist = log_twist
         self._log_normalizer = self._log_normalizer + total
@@ -420,6 +448,11 @@ class TwistedSMC(SMCFilter):
         return normalized if log_scale else normalized.exp()
 
     def get_ESS(self) -> torch.Tensor:
+        """The effective sample size of :attr:`log_weights`, of each population."""
+        return weights.effective_sample_size(self.log_weights)
+
+    @property
+    def twisted_ess(self) -> torch.Tensor:
         """The effective sample size of the twisted weights, on which resampling decides."""
         return weights.effective_sample_size(self.state._log_weights)
 
@@ -440,14 +473,12 @@ class TwistedSMC(SMCFilter):
 
     def result(self) -> SMCResult:
         """The weighted particles as they are now."""
-        counts = Counter(self._model_counts())
-        counts.subtract(self._counts)
         return SMCResult(
             state=dict(self.state),
             log_weights=self.log_weights,
             log_normalizer=self.get_log_normalizer(),
             diagnostics=self._record.diagnostics(self.state._log_weights),
-            counts=dict(counts),
+            counts=dict(self._counts),
             seconds=self._seconds,
             samples=self._record.samples(self.state.population_axis),
             population_axis=self.state.population_axis,
@@ -455,8 +486,7 @@ class TwistedSMC(SMCFilter):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here, fit for ``torch.save``."""
-        counts = Counter(self._model_counts())
-        counts.subtract(self._counts)
+        generator = self._given_generator
         return {
             "state": dict(self.state),
             "log_weights": self.state._log_weights,
@@ -467,7 +497,9 @@ class TwistedSMC(SMCFilter):
             "reducer": self._reducer.state_dict(),
             "record": self._record.state_dict(),
             "stream": self._stream.state_dict(),
-            "counts": dict(counts),
+            "generator": None if generator is None else generator.get_state(),
+            "timesteps": getattr(self.model, "timesteps", None),
+            "counts": dict(self._counts),
             "seconds": self._seconds,
             "num_steps": self._num_steps,
         }
@@ -476,8 +508,13 @@ class TwistedSMC(SMCFilter):
         """
         Restores what :meth:`state_dict` returned, in an object made with the same arguments.
 
-        :raises ValueError: If the number of particles differs.
+        :raises ValueError: If the number of particles or steps, or the history kept, differs.
         """
+        if saved["timesteps"] != getattr(self.model, "timesteps", None):
+            raise ValueError(
+                f"the saved run has the timesteps {saved['timesteps']}, this one's model "
+                f"{getattr(self.model, 'timesteps', None)}"
+            )
         size = saved["log_weights"].shape[0]
         if size != self.num_particles:
             raise ValueError(
@@ -489,15 +526,36 @@ class TwistedSMC(SMCFilter):
         self.state.population_axis = saved["population_axis"]
         self._memory = dict(saved["memory"])
         self._log_twist, self._log_normalizer = saved["log_twist"], saved["log_normalizer"]
-        self._reducer.load_state_dict(saved["reducer"])
+        self._reducer.load_state_dict(saved["reducer"], saved["log_weights"].device)
+        if self._given_generator is not None and saved["generator"] is not None:
+            self._given_generator.set_state(saved["generator"])
         self._record.load_state_dict(saved["record"])
         self._stream.load_state_dict(saved["stream"])
-        self._counts.subtract(saved["counts"])
+        self._counts = Counter(saved["counts"])
         self._seconds, self._num_steps = saved["seconds"], saved["num_steps"]
         with poutine.block():
             self.particle_plate = pyro.plate(
                 "particles", self.num_particles, dim=-1 - self.max_plate_nesting
             )
+
+
+def _label(method: str, args: Any) -> str:
+    """A short name of a step for messages."""
+    return f"{method}({args[0]})" if args and isinstance(args[0], (int, str)) else method
+
+
+def _check_guide(guide: Any) -> None:
+    stepped = callable(getattr(guide, "init", None)) and callable(getattr(guide, "step", None))
+    if guide is None or isinstance(guide, GuideMessenger) or (stepped and not _is_class(guide)):
+        return
+    raise ValueError(
+        f"guide={guide!r} is none of: None, an effect-based guide such as a Twist, or an object "
+        "with methods init(state, ...) and step(state, ...)"
+    )
+
+
+def _is_class(guide: Any) -> bool:
+    return isinstance(guide, type)
 
 
 def _empirical(value: torch.Tensor, log_weights: torch.Tensor) -> dist.Empirical:

@@ -92,4 +92,4 @@ def weighted_mean(values: torch.Tensor, log_weights: torch.Tensor) -> torch.Tens
     weights = log_normalize(log_weights).exp()
     weights = weights.reshape(weights.shape + (1,) * (values.dim() - weights.dim()))
     products = weights * values.to(weights.dtype)
-    return torch.where(weights > 0, products, torch.zeros_like(products)).sum(0)
+    return torch.where(weights == 0, torch.zeros_like(products), products).sum(0)

@@ -210,6 +210,9 @@ class Reward:
 
     def _called(self, batch: Tensor | list[Any], rows: Tensor) -> Iterator[_Part]:
         samples = convert(select(batch, rows), self.input, self.name)
+        if isinstance(samples, Tensor) and not samples.requires_grad:
+            # a function that works in place must not reach the particles
+            samples = samples.clone()
         try:
             returned = self.fn(samples)
         except Exception as error:

@@ -208,7 +208,8 @@ class RewardTilted(Tilted):
     def counts(self) -> dict[str, int]:
         """The base model's evaluation counts and, under ``"reward"``, the samples scored."""
         counts = super().counts
-        scored = sum(reward.num_calls for reward in self.rewards.values())
+        distinct = {id(reward): reward for reward in self.rewards.values()}
+        scored = sum(reward.num_calls for reward in distinct.values())
         return {**counts, "reward": counts.get("reward", 0) + scored}
 
     def evaluate(self, x0: Tensor) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
         now = self.time_after(t)
         if now in self.schedule:
             self._look(state, now)
-            state["lookahead_log_twist"] = self.slopes[now] * state["lookahead"]
-        return state.get("lookahead_log_twist", 0.0)
+            state[f"{self.key}_log_twist"] = self.slopes[now] * state[self.key]
+        return state.get(f"{self.key}_log_twist", 0.0)
 
     def observe(self, passes: Sequence[Pass]) -> None:
         """Regresses terminal log-potentials on look-aheads."""
@@ -69,9 +69,9 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
     def _accumulate(self, one: Pass, cross: torch.Tensor, spread: torch.Tensor) -> None:
         for sites, lineage in zip(one.steps, one.lineages(), strict=True):
             t = sites[0].t if sites else None
-            if t is None or t not in self.schedule or "lookahead" not in sites[0].state:
+            if t is None or t not in self.schedule or self.key not in sites[0].state:
                 continue
-            guess = sites[0].state["lookahead"].reshape(one.log_path.shape).gather(0, lineage)
+            guess = sites[0].state[self.key].reshape(one.log_path.shape).gather(0, lineage)
             c, s = _moments(guess, one.log_terminal, one.log_base)
             cross[t] += c
             spread[t] += s

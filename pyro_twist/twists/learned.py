@@ -155,7 +155,7 @@ class LinearTwist(LearnedTwist):
         self, step: PathStep, centring: float, information: torch.Tensor, score: torch.Tensor
     ) -> None:
         """Adds the weighted information and score of one step to those of its block."""
-        self.args_kwargs = ((step.state, *step.args), step.kwargs)
+        self.args_kwargs, self.stepping = ((step.state, *step.args), step.kwargs), step.stepping
         features = self.features(step.name, step.prior)
         if features is None or not is_normal(step.prior):
             return

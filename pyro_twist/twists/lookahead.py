@@ -49,6 +49,7 @@ class LookaheadTwist(Twist):
         indices; ``T`` is the initial state, 1 the last before the end. Steps outside apply no
         factor, cost no reward call, and leave the twist as it was.
     :param float floor: How many nats below the best particle a look-ahead of minus infinity is.
+    :param str key: The entry of the state for the latest look-ahead; two more begin with it.
     :raises ValueError: If the model has no ``terminal``, or an option is out of range.
 
     **References**
@@ -66,6 +67,7 @@ class LookaheadTwist(Twist):
         every: int = 1,
         schedule: Collection[int] | None = None,
         floor: float = 3.0,
+        key: str = "lookahead",
     ) -> None:
         super().__init__(model)
         if potential not in get_args(Potential):
@@ -78,7 +80,7 @@ class LookaheadTwist(Twist):
                 "ahead to. Wrap it: RewardTilted(model, reward)."
             )
         self.potential = potential
-        self.floor = floor
+        self.floor, self.key = floor, key
         self.schedule = _check_schedule(schedule, every, model.timesteps)
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -86,19 +88,24 @@ class LookaheadTwist(Twist):
         now = self.time_after(t)
         if now in self.schedule:
             self._look(state, now)
-        return state.get("lookahead_log_twist", 0.0)
+        return state.get(f"{self.key}_log_twist", 0.0)
+
+    def state_keys(self) -> tuple[str, ...]:
+        """The latest look-ahead, when it was made, and the log-twist."""
+        return (self.key, f"{self.key}_time", f"{self.key}_log_twist")
 
     def _look(self, state: Any, now: int) -> None:
+        key, time, log_twist = self.state_keys()
         value = _floored(log_potential(self.model, state, state["x0_hat"]), self.floor)
-        if self.potential == "max" and "lookahead" in state:
-            value = torch.maximum(value, state["lookahead"])
-        if self.potential == "sum" and "lookahead" in state:
-            value = value + state["lookahead"]
-        state["lookahead"] = value
-        state["lookahead_time"] = torch.full_like(value, now)
-        if self.potential != "diff" and "lookahead_log_twist" in state:
-            value = value + state["lookahead_log_twist"]
-        state["lookahead_log_twist"] = value
+        if self.potential == "max" and key in state:
+            value = torch.maximum(value, state[key])
+        if self.potential == "sum" and key in state:
+            value = value + state[key]
+        state[key] = value
+        state[time] = torch.full_like(value, now)
+        if self.potential != "diff" and log_twist in state:
+            value = value + state[log_twist]
+        state[log_twist] = value
 
 
 def _check_schedule(

@@ -34,6 +34,7 @@ class PathStep:
     :param prior: The model's distribution.
     :param posterior: The proposal it was drawn from.
     :param torch.Tensor value: The value drawn.
+    :param bool stepping: Whether it was drawn in a ``step``, not in ``init``.
     :param torch.Tensor weights: Summed weights of the final paths through each particle, of shape
         ``(num_particles,)`` or ``(num_particles, num_populations)``.
     :param torch.Tensor base: The same for their weights back to the law they were drawn from.
@@ -46,17 +47,20 @@ class PathStep:
     prior: Any
     posterior: Any
     value: torch.Tensor
+    stepping: bool = True
     weights: torch.Tensor | None = None
     base: torch.Tensor | None = None
 
     @property
     def t(self) -> int | None:
         """The time index of the step, ``None`` for ``init``."""
-        return int(self.args[0]) if self.args and isinstance(self.args[0], int) else None
+        known = self.stepping and self.args and isinstance(self.args[0], int)
+        return int(self.args[0]) if known else None
 
     def proposal(self, twist: Any) -> Any:
         """What the twist proposes here."""
         twist.args_kwargs = ((self.state, *self.args), self.kwargs)
+        twist.stepping = self.stepping
         return twist.get_posterior(self.name, self.prior)
 
     def log_prob(self, twist: Any) -> torch.Tensor:

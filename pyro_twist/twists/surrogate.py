@@ -110,7 +110,7 @@ class SurrogateTwist(LinearTwist):
     def features(self, name: str, prior: Any) -> torch.Tensor | None:
         """The capped direction, in shares by knot."""
         state, args = self.args_kwargs[0][0], self.args_kwargs[0]
-        if len(args) < 2 or not self.regression.fitted or not is_normal(prior):
+        if not self.stepping or len(args) < 2 or not self.regression.fitted or not is_normal(prior):
             return None
         direction = self._direction(state["x0_hat"], int(args[1]), loc_scale(prior)[1])
         shares = _hat(self.time_after(*args[1:]) / self.model.timesteps[0], self.knots)

@@ -111,9 +111,9 @@ def log_ratio(p: Any, q: Any, value: torch.Tensor) -> torch.Tensor:
     """
     independent = torch.distributions.Independent
     if isinstance(p, independent) and isinstance(q, independent):
-        inner, outer = sorted((p.reinterpreted_batch_ndims, q.reinterpreted_batch_ndims))
-        if inner == outer:
-            return sum_rightmost(log_ratio(p.base_dist, q.base_dist, value), outer)
+        dims = p.reinterpreted_batch_ndims
+        if dims == q.reinterpreted_batch_ndims:
+            return sum_rightmost(log_ratio(p.base_dist, q.base_dist, value), dims)
     if isinstance(p, torch.distributions.Normal) and isinstance(q, torch.distributions.Normal):
         return _normal_ratio(p, q, value)
     return p.log_prob(value).double() - q.log_prob(value).double()

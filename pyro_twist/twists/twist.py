@@ -42,10 +42,17 @@ class Twist(GuideMessenger, PyroModule, metaclass=_TwistMeta):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
 
+    #: Whether the engine is in a ``step``, not in ``init``; set by the engine.
+    stepping: bool = True
+
     @property
     def model(self) -> Any:
         """The model, which is no submodule."""
         return self._model[0]
+
+    def state_keys(self) -> tuple[str, ...]:
+        """The entries that the twist writes to the state."""
+        return ()
 
     def time_after(self, *args: Any) -> int:
         """
@@ -55,7 +62,7 @@ class Twist(GuideMessenger, PyroModule, metaclass=_TwistMeta):
             index ``t`` first. In :meth:`get_posterior` they are ``self.args_kwargs[0][1:]``.
         :returns: ``T`` for ``init``, ``t - 1`` for ``step``.
         """
-        if not args or args[0] is None:
+        if not self.stepping or not args or args[0] is None:
             return int(self.model.timesteps[0])
         return int(args[0]) - 1
 
@@ -87,6 +94,10 @@ class Twist(GuideMessenger, PyroModule, metaclass=_TwistMeta):
     def __add__(self, other: Twist) -> SumTwist:
         return SumTwist(self, other)
 
+    def __radd__(self, other: Any) -> Twist:
+        # so that sum([a, b]) works, which starts from 0
+        return self if other == 0 else NotImplemented
+
 
 class SumTwist(Twist):
     """
@@ -100,6 +111,16 @@ class SumTwist(Twist):
             raise ValueError(f"SumTwist takes two or more twists, got {len(twists)}")
         super().__init__(twists[0].model)
         self.twists = torch.nn.ModuleList(twists)
+        keys = [key for twist in twists for key in twist.state_keys()]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(
+                    f"two of the twists write state[{key!r}]; give one of them another key="
+                )
+
+    def state_keys(self) -> tuple[str, ...]:
+        """The keys of all parts."""
+        return tuple(key for twist in self.parts() for key in twist.state_keys())
 
     def parts(self) -> list[Twist]:
         """The twists that are multiplied."""
@@ -107,11 +128,14 @@ class SumTwist(Twist):
 
     def get_posterior(self, name: str, prior: Any) -> Any:
         for twist in self.parts():
-            twist.args_kwargs = self.args_kwargs
+            twist.stepping, twist.args_kwargs = self.stepping, self.args_kwargs
             prior = twist.get_posterior(name, prior)
+            del twist.args_kwargs
         return prior
 
     def log_twist(self, state: Any, *args: Any, **kwargs: Any) -> torch.Tensor | float:
+        for twist in self.parts():
+            twist.stepping = self.stepping
         values = [twist.log_twist(state, *args, **kwargs) for twist in self.parts()]
         return sum(values[1:], start=values[0])
 

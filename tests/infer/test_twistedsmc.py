@@ -416,9 +416,7 @@ def test_bad_factor_names_site_step_and_particle(value: float) -> None:
             pyro.factor("broken", bad)
 
     with pyro.validation_enabled(False):
-        with pytest.raises(
-            ValueError, match=r"'broken' at step\(1,\).*particle \[3\] is (nan|inf)"
-        ):
+        with pytest.raises(ValueError, match=r"'broken' at step\(1\).*particle \[3\] is (nan|inf)"):
             TwistedSMC(Model(2), None, 5).run()
 
 
@@ -427,7 +425,7 @@ def test_all_dead_names_site_and_step() -> None:
         def terminal(self, state: Any, x0: torch.Tensor) -> None:
             pyro.factor("impossible", torch.full((5,), -torch.inf))
 
-    with pytest.raises(SMCFailed, match=r"'impossible' at step\(1,\).*all 5 particles"):
+    with pytest.raises(SMCFailed, match=r"'impossible' at step\(1\).*all 5 particles"):
         TwistedSMC(Model(2), None, 5).run()
 
 
