@@ -39,13 +39,14 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 align: $(VENV)/.installed-run  ## align the shipped emoji model to a reward
-	@$(BIN)/pyro-twist align emoji --out "$(OUT)" $(ARGS)
+	@$(BIN)/pyro-twist align emoji --out "$(OUT)" $(or $(ARGS),--class people --reward green)
 
 test: $(VENV)/.installed-test  ## run the tests
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-test  ## check the style of the code
 	@$(BIN)/ruff check $(ARGS) .
+	@$(BIN)/ruff format --check --quiet .
 
 type: $(VENV)/.installed-test  ## check the types of the whole package
 	@$(BIN)/mypy $(ARGS)

@@ -127,6 +127,8 @@ class TrustRegionTwist(TwistedSMC):
     ) -> None:
         guide = default_twist(model) if guide is None else guide
         _check_options(guide, num_iterations, kl_budget, centring)
+        if options.get("history") == "off":
+            raise ValueError("history='off': fitting needs the ancestors; leave history out")
         self.num_iterations = num_iterations
         self.kl_budget = kl_budget or max(0.25 * math.log(num_particles), 0.1)
         self.centring, self.reuse, self.guard = centring, reuse, guard

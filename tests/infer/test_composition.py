@@ -257,7 +257,7 @@ def test_progress_bar_of_a_second_run(capsys: pytest.CaptureFixture[str]) -> Non
     capsys.readouterr()
     smc.run()
     err = capsys.readouterr().err
-    assert "4/4" in err and "8" not in err.split("ESS")[0].split("|")[-1]
+    assert "0/4" in err and "4/4" in err and "5/4" not in err
 
 
 def test_ess_goes_with_the_weights_beside_it() -> None:

@@ -196,7 +196,7 @@ def test_state_space_model_against_kalman() -> None:
     hmm = dist.GaussianHMM(normal(1.0), eye, normal(0.6), eye, normal(0.3), duration=8)
     exact = float(hmm.log_prob(data))
     model = LocalLevel(data)
-    smc = TrustRegionTwist(model, None, 200, seed=0, num_iterations=4)
+    smc = TrustRegionTwist(model, None, 150, seed=0, num_iterations=4, guard=False)
     assert isinstance(smc.guide, QuadraticTwist)
     smc.fit()
     learned = [TwistedSMC(model, smc.guide, 100, seed=s).run().log_normalizer for s in range(30)]
@@ -292,6 +292,7 @@ def test_resume_after_a_failing_reward() -> None:
         ({"guide": CalibratedLookahead, "num_iterations": -1}, "num_iterations=-1"),
         ({"guide": CalibratedLookahead, "kl_budget": 0.0}, "kl_budget=0.0.*positive"),
         ({"guide": CalibratedLookahead, "centring": 2.0}, "centring=2.0"),
+        ({"guide": CalibratedLookahead, "history": "off"}, "fitting needs the ancestors"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
