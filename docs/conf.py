@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pyro_twist
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
 
 project = "pyro_twist"
 author = "Contributors to the pyro_twist project"
@@ -18,12 +20,12 @@ copyright = author
 version = release = pyro_twist.__version__
 
 extensions = [
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints", "**/.jupyter_cache"]
+exclude_patterns = ["_build", "_ext", "**/.ipynb_checkpoints", "**/.jupyter_cache"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
@@ -42,6 +44,10 @@ nitpick_ignore = [("py:class", "pyro_twist.align.methods.Runnable")]
 python_use_unqualified_type_names = True
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["mathml.css"]
+# Formulas are rendered here and not by a script that a browser would fetch from elsewhere.
+html_math_renderer = "mathml"
 html_title = f"pyro_twist {release}"
 
 # Sphinx reads nothing outside its own folder, and MyST follows symbolic links out of it.

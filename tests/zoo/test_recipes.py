@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,40 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     part.run(every=1)
     for one, other in zip(whole.ema.shadow_params, part.ema.shadow_params, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_logged_loss_is_a_mean_over_the_steps_since_the_last_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyro_twist.zoo.recipes import digits
+    from pyro_twist.zoo.recipes.training import Training
+
+    def advance(self: Training) -> float:
+        self.step += 1
+        return 0.5
+
+    monkeypatch.setattr(Training, "advance", advance)
+    training = Training(
+        digits.make_model(), digits.make_scheduler(), lambda _: (_, _), options(tmp_path, 5)
+    )
+    training.run(every=3)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in records] == [(3, 0.5), (5, 0.5)]
+
+
+def test_accuracy_is_that_of_the_saved_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyro_twist.zoo.recipes import classifiers
+
+    trained = zoo.judge("digits")
+    trained.coefficients, trained.bias = trained.coefficients * 1e-9, trained.bias * 0.0
+    right = classifiers.accuracy(trained, "digits")["class_mean"]
+    monkeypatch.setattr(classifiers, "ZOO", tmp_path)
+    classifiers.finish(trained, "digits", "judge")
+    written = json.loads((tmp_path / "digits" / "judge" / "accuracy.json").read_text())
+    # In half precision the coefficients are zero, and every picture gets the same class.
+    assert right > 0.9 and written["class_mean"] == pytest.approx(0.1)
 
 
 def test_recipe_and_shipped_files_agree() -> None:

@@ -130,14 +130,14 @@ class Training:
 
     def run(self, every: int = 250) -> None:
         """Trains up to ``options.steps``, logging and saving every ``every`` steps."""
-        total, start = 0.0, time.time()
+        losses, start = [], time.time()
         while self.step < self.options.steps:
-            total += self.advance()
+            losses.append(self.advance())
             if self.step % every == 0 or self.step == self.options.steps:
                 self.seconds += time.time() - start
                 start = time.time()
-                self._log(total / every)
-                total = 0.0
+                self._log(sum(losses) / len(losses))
+                losses = []
                 self.save()
 
     def _log(self, loss: float) -> None:
