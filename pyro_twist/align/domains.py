@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from pyro_twist.align.options import AlignOptions, OptionError, unknown
+from pyro_twist.align.rewardoptions import number_or_text, parse_reward_options
 
 if TYPE_CHECKING:
     from pyro_twist.rewards import Reward
     from pyro_twist.zoo import Classifier, Entry
 
 __all__ = ["Domain", "Judgement", "ZooImages", "domains", "find_domain"]
+
+_OF_COLOUR = ("blue", "colour", "colourful", "green", "red", "saturated")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class ZooImages:
         self._entry: Entry = zoo.entry(name)
         self.description = self._entry.description
         self.classes = self._entry.classes
-        self.default_reward = "bright" if self._entry.event_shape[0] == 1 else "red"
+        self._grey = self._entry.event_shape[0] == 1
+        self.default_reward = "bright" if self._grey else "red"
 
     def match_class(self, given: str | int) -> int:
         """
@@ -129,11 +133,13 @@ class ZooImages:
         )
 
     def rewards(self) -> dict[str, str]:
-        """The named image rewards, and the log-probability of a class."""
+        """The named image rewards that fit the images, and the log-probability of a class."""
         from pyro_twist.rewards import image_rewards
 
+        hidden = _OF_COLOUR if self._grey else ()
+        named = {name: line for name, line in image_rewards().items() if name not in hidden}
         told = {"class:NAME": "log-probability of a class of the model under its classifier, nats"}
-        return {**image_rewards(), **told}
+        return {**named, **told}
 
     def reward(self, name: str, argument: str) -> Reward:
         """
@@ -146,12 +152,18 @@ class ZooImages:
         """
         if name == "class":
             return self._class_reward(argument)
-        from pyro_twist.rewards import image_reward, image_rewards
+        from pyro_twist.rewards import image_reward
 
-        if name not in image_rewards():
+        if self._grey and name in _OF_COLOUR:
+            raise OptionError(
+                f"--reward {name}: the samples of {self.name!r} are grey, so that colour has no "
+                "meaning; 'pyro-twist rewards' lists what does"
+            )
+        if name not in self.rewards():
             raise unknown("reward", name, self.rewards())
+        options = parse_reward_options(name, argument)
         try:
-            reward = image_reward(name, **_parse_options(name, argument))
+            reward = image_reward(name, **options)
         except (TypeError, ValueError) as error:
             raise OptionError(f"--reward {name}: {error}") from None
         reward.name = f"{name}:{argument}" if argument else name
@@ -198,7 +210,9 @@ class ZooImages:
         what = "the class asked for" if with_class else "the class it finds most likely"
         return (
             f"Mean probability that the judge, a classifier that no reward uses, gives to {what}; "
-            "1 is best. If it falls while the reward rises, the reward is being exploited."
+            "1 is best. Where it is lower than for the base model by several times the ± and the "
+            "reward is higher, look for samples that exploit the reward; smaller differences of a "
+            "single run may be chance."
         )
 
     def distances(self, samples: Tensor) -> Tensor:
@@ -257,7 +271,8 @@ def _plain(text: str) -> str:
 
 def _match(given: str | int, classes: Sequence[str], model: str) -> int:
     names, wanted = [_plain(name) for name in classes], _plain(str(given))
-    number = _number_or_text(str(given).strip())
+    number = number_or_text(str(given).strip())
+    found: list[int] = []
     if isinstance(number, int):
         if 0 <= number < len(names):
             return number
@@ -269,6 +284,9 @@ def _match(given: str | int, classes: Sequence[str], model: str) -> int:
         if len(found := starts or inside) == 1:
             return found[0]
     listed = [f"{name} ({i})" if name != str(i) else name for i, name in enumerate(classes)]
+    if len(found) > 1:
+        several = ", ".join(listed[i] for i in found)
+        raise OptionError(f"several classes of {model!r} match {str(given)!r}: {several}")
     raise _unknown_class(given, model, names, listed)
 
 
@@ -278,30 +296,7 @@ def _unknown_class(
     import difflib
 
     words = {word: i for i, name in enumerate(names) for word in (*name.split(), name)}
-    close = difflib.get_close_matches(_plain(str(given)), words, 1)
+    is_number = isinstance(number_or_text(str(given).strip()), (int, float))
+    close = [] if is_number else difflib.get_close_matches(_plain(str(given)), words, 1)
     meant = f" (did you mean {listed[words[close[0]]]!r}?)" if close else ""
     return OptionError(f"{model!r} has no class {str(given)!r}{meant}; it has {', '.join(listed)}")
-
-
-def _parse_options(name: str, argument: str) -> dict[str, Any]:
-    if not argument:
-        return {}
-    if "=" not in argument:
-        return {_only_option(name): _number_or_text(argument)}
-    pairs = [part.partition("=") for part in argument.split(",")]
-    return {key.strip(): _number_or_text(value.strip()) for key, _, value in pairs}
-
-
-def _only_option(name: str) -> str:
-    # what `colour:orange` or `compressible:50` mean
-    first = {"colour": "rgb", "compressible": "quality", "incompressible": "quality"}
-    return first.get(name, "axis" if name == "symmetric" else "option")
-
-
-def _number_or_text(text: str) -> Any:
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text

@@ -27,6 +27,8 @@ def save_arm(arm: Arm, outcome: Outcome) -> Path:
     all of shape ``(num_particles, num_populations)`` with the sample's shape behind; ``about`` is
     JSON.
 
+    A maximiser's particles are all there too, best first; the best has weight one.
+
     :returns: The file.
     """
     folder = outcome.options.out / "samples"
@@ -71,6 +73,7 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
         "command": outcome.options.command(),
         "started": outcome.started,
         "seconds": round(outcome.seconds, 3),
+        "finished": outcome.finished,
         "error": outcome.error or None,
         "options": options,
         "model": {"name": outcome.domain.name, "description": outcome.domain.description},

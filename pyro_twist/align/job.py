@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 import zlib
 from collections import Counter
@@ -19,18 +18,21 @@ import torch
 from torch import Tensor
 
 from pyro_twist.align.domains import Domain, find_domain
+from pyro_twist.align.folder import prepare_folder
 from pyro_twist.align.methods import Method, Setting, find_methods
 from pyro_twist.align.options import AlignOptions, OptionError, unknown
-from pyro_twist.align.outcome import Arm, Outcome, Strength, as_matrix, score_arm
+from pyro_twist.align.outcome import Arm, Outcome, Strength, as_matrix, score_arm, sum_of
+from pyro_twist.align.told import told
 from pyro_twist.align.userrewards import make_rewards
 from pyro_twist.infer import RESAMPLING, ImportanceSampling, SMCFailed, SMCResult
 from pyro_twist.rewards import Reward, RewardTilted
 
 __all__ = ["AlignmentFailed", "Progress", "ScoredModel", "run"]
 
-# Degrees of freedom: fewer say too little about a standard deviation, and then so many are drawn.
-ENOUGH, PILOT_SIZE = 10, 16
-RESERVED = ("objective", "lookahead", "lookahead_log_twist")
+# Samples that lambda is measured on. The first batch of each class is what the base arm draws by
+# default, which is then used; lambda depends neither on --seed nor on --particles.
+PILOT_SIZE, PILOT_BATCH = 64, 16
+RESERVED = ("objective", "ranking", "lookahead", "lookahead_log_twist")
 
 
 class AlignmentFailed(RuntimeError):
@@ -53,7 +55,10 @@ class Progress:
         """A method begins that is to evaluate the denoiser ``total`` times."""
 
     def advance(self, done: int, ess: float, log_normalizer: float) -> None:
-        """The denoiser has been evaluated ``done`` times; the others are means over classes."""
+        """
+        The denoiser has been evaluated ``done`` times; the others are means over classes, the last
+        NaN for methods that estimate no normaliser.
+        """
 
     def end(self) -> None:
         """The method has ended, or failed."""
@@ -61,7 +66,8 @@ class Progress:
 
 class ScoredModel(RewardTilted):
     """
-    A tilted model that ends with the sum of the scaled rewards in ``state["objective"]``.
+    A tilted model that ends with the sum of the scaled rewards in ``state["objective"]``, and what
+    to rank by in ``state["ranking"]``: the same or, if every scale is zero, the rewards themselves.
 
     :param model: As for :class:`~pyro_twist.rewards.RewardTilted`, and so are ``reward`` and
         ``scale``.
@@ -75,9 +81,10 @@ class ScoredModel(RewardTilted):
         """See :meth:`~pyro_twist.rewards.Tilted.step`."""
         super().step(state, t, *args, **kwargs)
         if t == self.timesteps[-1]:
-            state["objective"] = objective(
-                {name: state[name] for name in self.rewards}, self.scales
-            )
+            values = {name: state[name] for name in self.rewards}
+            state["objective"] = objective(values, self.scales)
+            switched_off = not any(self.scales.values())
+            state["ranking"] = sum_of(values) if switched_off else state["objective"]
         if self.on_step is not None:
             self.on_step()
 
@@ -101,9 +108,10 @@ def run(options: AlignOptions, *, progress: Progress | None = None, save: bool =
     :raises OptionError: If an option cannot be, before anything is computed.
     :raises AlignmentFailed: If a reward fails half-way; it has what was found before.
     """
+    job = _Job(options, progress or Progress(), save)
     if save:
-        options.prepare_folder()
-    return _Job(options, progress or Progress(), save).run()
+        prepare_folder(options.out)
+    return job.run()
 
 
 class _Job:
@@ -123,6 +131,7 @@ class _Job:
         guidance = float(self.model.denoiser.guidance_scale)
         self.outcome = Outcome(options, self.domain, names, guidance)
         self.outcome.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.doing = ""
 
     @property
     def has_plate(self) -> bool:
@@ -130,13 +139,14 @@ class _Job:
 
     def run(self) -> Outcome:
         start = time.perf_counter()
+        self._write()
         try:
             for method in sorted(self.methods, key=lambda method: method.tilted):
                 if method.tilted and not self.outcome.strengths:
                     self.outcome.strengths = self._strengths()
                 self._attempt(method)
         except ValueError as error:
-            self.outcome.error = _told(error)
+            self.outcome.error = told(error, self.doing)
         except KeyboardInterrupt:
             self.outcome.error = "interrupted"
         self.outcome.seconds = time.perf_counter() - start
@@ -149,6 +159,7 @@ class _Job:
         """Only now is the strength known to the arms that ran before it."""
         if not self.outcome.strengths and self.outcome.arms and not self.outcome.error:
             self.outcome.strengths = self._strengths()
+        self.outcome.finished = True
         scales = self._scales()
         for place, arm in enumerate(self.outcome.arms):
             if not arm.method.tilted and self.outcome.strengths:
@@ -161,32 +172,35 @@ class _Job:
         try:
             arm = self._arm(method)
         except SMCFailed as error:
-            self.outcome.failures[method.name] = _told(error)
+            self.outcome.failures[method.name] = told(error)
             return
         self.outcome.arms.append(arm)
         self._write(arm)
 
     def _arm(self, method: Method) -> Arm:
+        self.doing = method.name
         model = ScoredModel(self.model, self.rewards, self._scales(method.tilted))
-        setting = self._setting(model, method.name, self.options.particles)
-        result = self._run(method.make(setting), setting, method.title)
+        stream = f"{self.options.seed}/{method.stream or method.name}"
+        setting = self._setting(model, stream, self.options.particles)
+        weighted = method.returns == "samples of the tilted law"
+        result = self._run(method.make(setting), setting, method.title, weighted)
         arm = self._read(method, result)
         scores = score_arm(arm, self.domain, self.outcome.labels, self.indices)
         return replace(arm, scores=tuple(scores))
 
-    def _setting(self, model: Any, name: str, num_particles: int) -> Setting:
+    def _setting(self, model: Any, stream: str, num_particles: int) -> Setting:
         return Setting(
             model=model,
             num_particles=num_particles,
             max_plate_nesting=int(self.has_plate),
             population_plate="classes" if self.has_plate else None,
-            # its own stream, so that lambda, which the base samples set, is independent of it
-            seed=zlib.crc32(f"{self.options.seed}/{name}".encode()),
+            # streams of their own, so that samplers are independent of what sets lambda
+            seed=zlib.crc32(stream.encode()),
             resampling=self.options.resampling,
             ess_threshold=self.options.ess_threshold,
         )
 
-    def _run(self, engine: Any, setting: Setting, title: str) -> SMCResult:
+    def _run(self, engine: Any, setting: Setting, title: str, weighted: bool) -> SMCResult:
         model = setting.model
         before = model.counts["denoiser"]
         size = setting.num_particles * len(self.outcome.labels)
@@ -194,8 +208,8 @@ class _Job:
 
         def on_step() -> None:
             done = model.counts["denoiser"] - before
-            ess, log_z = engine.get_ESS().mean().item(), engine.get_log_normalizer().mean().item()
-            self.progress.advance(done, ess, log_z)
+            log_z = engine.get_log_normalizer().mean().item() if weighted else math.nan
+            self.progress.advance(done, engine.get_ESS().mean().item(), log_z)
 
         model.on_step = on_step if hasattr(engine, "get_ESS") else None
         try:
@@ -208,16 +222,18 @@ class _Job:
         plate = self.has_plate
         rewards = {name: as_matrix(result.state[name], plate) for name in self.rewards}
         weights = as_matrix(result.get_normalized_weights(), plate)
+        log_weights = as_matrix(result.log_weights, plate)
         if method.returns == "a maximiser":
             weights = torch.zeros_like(weights)
             weights[0] = 1.0
+            log_weights = weights.log()
         return Arm(
             method=method,
             samples=as_matrix(self.model.decode(result.state["x"]), plate),
             rewards=rewards,
             objective=objective(rewards, self._scales(method.tilted)),
             weights=weights,
-            log_weights=as_matrix(result.log_weights, plate),
+            log_weights=log_weights,
             result=result,
         )
 
@@ -230,64 +246,71 @@ class _Job:
 
     def _strengths(self) -> list[Strength]:
         names, scales = tuple(self.rewards), self.options.scales
-        values = self._base_values(needed=not scales)
         if scales:
+            known = self.outcome.base.rewards if self.outcome.base else {}
             given = scales * len(names) if len(scales) == 1 else scales
             return [
-                Strength(name, scale, None, *_moments(values.get(name)))
+                Strength(name, scale, None, *_moments(known.get(name)))
                 for name, scale in zip(names, given, strict=True)
             ]
+        values = self._pilot()
         chosen = self.options.strengths
         chosen = chosen * len(names) if len(chosen) == 1 else chosen
         pairs = zip(names, chosen, strict=True)
         return [self._strength(name, strength, values[name]) for name, strength in pairs]
 
     def _strength(self, name: str, strength: float, values: Tensor) -> Strength:
-        mean, sd = _moments(values)
+        mean, sd, size, allowed = _moments(values)
         if sd is None or sd <= 1e-12 * max(1.0, abs(mean or 0.0)):
-            raise OptionError(
-                f"reward {name!r} does not vary over {values.numel()} samples of "
-                f"{self.domain.name!r}, so that no strength can be derived from it; set lambda "
-                "with --scale, or choose another reward"
+            reason = (
+                f"is -inf on all but {allowed} of {size} samples"
+                if 0 < allowed < size
+                else f"is -inf on all {size} samples"
+                if allowed == 0
+                else f"does not vary over {size} samples"
             )
-        return Strength(name, _rounded(strength / sd), strength, mean, sd)
+            raise OptionError(
+                f"reward {name!r} {reason} of {self.domain.name!r}, so that no strength can be "
+                "derived from it; set lambda with --scale, or choose another reward"
+            )
+        return Strength(name, _rounded(strength / sd), strength, mean, sd, size, allowed)
 
-    def _base_values(self, needed: bool) -> dict[str, Tensor]:
-        """Rewards of samples of the model, from the base arm and, if they are few, more."""
-        bases = [arm for arm in self.outcome.arms if not arm.method.tilted]
-        values = dict(bases[0].rewards) if bases else {}
-        missing = self._missing(bases[0].weights.shape[0] if bases else 0)
-        if not needed or missing == 0:
-            return values
-        setting = self._setting(ScoredModel(self.model, self.rewards, 0.0), "pilot", missing)
+    def _pilot(self) -> dict[str, Tensor]:
+        """Rewards of samples of the model: always the same ones, whatever the seed."""
+        self.doing = "measuring the reward"
+        base, options = self.outcome.base, self.options
+        usable = base and options.seed == 0 and options.particles == PILOT_BATCH
+        parts = [dict(base.rewards)] if base and usable else [self._draw("0/base", PILOT_BATCH)]
+        missing = -(-PILOT_SIZE // len(self.outcome.labels)) - PILOT_BATCH
+        if missing > 0:
+            parts.append(self._draw("0/pilot", missing))
+        return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
+
+    def _draw(self, stream: str, size: int) -> dict[str, Tensor]:
+        setting = self._setting(ScoredModel(self.model, self.rewards, 0.0), stream, size)
         engine = ImportanceSampling(setting.model, **setting.common)
-        pilot = self._run(engine, setting, "Measuring the reward")
-        self.outcome.calibration = dict(pilot.counts)
-        more = {name: as_matrix(pilot.state[name], self.has_plate) for name in self.rewards}
-        return {n: torch.cat([values[n], more[n]]) if values else more[n] for n in self.rewards}
-
-    def _missing(self, have: int) -> int:
-        """How many samples of each class are missing for a standard deviation within classes."""
-        populations = len(self.outcome.labels)
-        if populations * (have - 1) >= ENOUGH:
-            return 0
-        return max(0, -(-PILOT_SIZE // populations) + 1 - have)
+        drawn = self._run(engine, setting, "Measuring the reward", weighted=False)
+        self.outcome.calibration = dict(Counter(self.outcome.calibration) + Counter(drawn.counts))
+        return {name: as_matrix(drawn.state[name], self.has_plate) for name in self.rewards}
 
     def _write(self, arm: Arm | None = None) -> None:
         if not self.save:
             return
         from pyro_twist.align.files import save_arm, save_results
 
+        # first: it marks the folder as one of ours
+        save_results(self.outcome)
         if arm is not None:
             save_arm(arm, self.outcome)
-        save_results(self.outcome)
 
 
 def _class_indices(domain: Domain, options: AlignOptions) -> list[int]:
-    if [str(given).strip().lower() for given in options.classes] == ["all"]:
+    parts = [part.strip() for given in options.classes for part in str(given).split(",")]
+    if [part.lower() for part in parts] == ["all"]:
         return list(range(len(domain.classes)))
-    parts = [part for given in options.classes for part in str(given).split(",")]
-    indices = [domain.match_class(part.strip()) for part in parts]
+    if "all" in map(str.lower, parts):
+        raise OptionError("--class all has every class in it; give it alone")
+    indices = [domain.match_class(part) for part in parts]
     repeated = [domain.classes[i] for i, count in Counter(indices).items() if count > 1]
     if repeated:
         raise OptionError(f"--class {repeated[0]!r} is given twice; name each class once")
@@ -300,23 +323,19 @@ def _check_names(rewards: Mapping[str, Reward]) -> None:
             raise OptionError(f"a reward cannot be called {name!r}; give the function another name")
 
 
-def _moments(values: Tensor | None) -> tuple[float | None, float | None]:
-    """The mean, and the standard deviation within populations, over finite values."""
+def _moments(values: Tensor | None) -> tuple[float | None, float | None, int, int]:
+    """Mean and standard deviation within populations of finite values, and how many of how many."""
     if values is None:
-        return None, None
+        return None, None, 0, 0
+    allowed = int(values.isfinite().sum())
     columns = [column[column.isfinite()] for column in values.T]
     columns = [column for column in columns if len(column) > 1]
     if not columns:
-        return None, None
+        return None, None, values.numel(), allowed
     squares = sum(column.var(correction=0).item() * len(column) for column in columns)
     freedom = sum(len(column) - 1 for column in columns)
-    return torch.cat(columns).mean().item(), math.sqrt(squares / freedom)
-
-
-def _told(error: Exception) -> str:
-    """The message on one line, without the advice on scoring again, which is for programs."""
-    text, _, _ = " ".join(str(error).split()).partition(" values are known and kept")
-    return re.sub(r"\. \d+$", "", text).rstrip(".")
+    mean = values[values.isfinite()].mean().item()
+    return mean, math.sqrt(squares / freedom), values.numel(), allowed
 
 
 def _rounded(value: float) -> float:

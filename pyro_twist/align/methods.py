@@ -30,12 +30,12 @@ class Setting:
     What a method gets.
 
     :param model: The tilted model, which also writes ``"objective"``, the sum of the scaled
-        rewards, to the state.
+        rewards, to the state, and ``"ranking"``, the same or, where lambda is zero, the rewards.
     :param int num_particles: The budget: so many trajectories of the denoiser per population, in
         all passes together.
     :param int max_plate_nesting: For the engine.
     :param str population_plate: For the engine.
-    :param int seed: For the engine; each method has its own.
+    :param int seed: For the engine; each method has its own, but for those that share a stream.
     :param str resampling: For the engine.
     :param float ess_threshold: For the engine.
     """
@@ -86,6 +86,8 @@ class Method:
         returns.
     :param callable make: Makes the inference object from a :class:`Setting`.
     :param bool default: Whether it is run if no method is named.
+    :param str stream: The method whose random stream it uses, so that both draw the same samples;
+        by default its own.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Method:
     returns: Returns
     make: Callable[[Setting], Runnable]
     default: bool = False
+    stream: str = ""
 
     @property
     def tilted(self) -> bool:
@@ -141,8 +144,7 @@ def find_methods(names: Sequence[str]) -> list[Method]:
 
 
 def _best_of_n(setting: Setting) -> Runnable:
-    keep = min(setting.num_particles, 8)
-    return BestOfN(setting.model, keep=keep, by="objective", **setting.common)
+    return BestOfN(setting.model, keep=setting.num_particles, by="ranking", **setting.common)
 
 
 def _steering(setting: Setting) -> Runnable:
@@ -176,10 +178,12 @@ register_method(
     Method(
         "best-of-n",
         "Best of N",
-        "Draws all samples from the model and returns the one of highest reward.",
+        "Draws all samples from the model, the same ones as base, and returns the one of highest "
+        "lambda * reward.",
         "a maximiser",
         _best_of_n,
         default=True,
+        stream="base",
     )
 )
 register_method(

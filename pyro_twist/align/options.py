@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -45,7 +44,8 @@ class AlignOptions:
     """
     What to align, to what, how strongly and with which means.
 
-    Names are looked up when the job starts, numbers are checked at once.
+    Names are looked up when the job starts, numbers are checked at once. Where several values can
+    be given, a single one will do.
 
     :param str model: The name of a model, such as ``"emoji"``.
     :param rewards: Rewards to combine: names, ``"name:option=value"``, ``"class:NAME"``,
@@ -86,6 +86,11 @@ class AlignOptions:
     out: Path = Path("results/align")
 
     def __post_init__(self) -> None:
+        for name in ("rewards", "classes", "methods", "strengths", "scales"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        for name in ("strengths", "scales"):
+            object.__setattr__(self, name, _as_floats(name, getattr(self, name)))
+        object.__setattr__(self, "out", Path(self.out))
         self._check_range("particles", self.particles, 1, 1_000_000)
         self._check_range("steps", self.steps, 1, MAX_STEPS)
         self._check_range("seed", self.seed, 0, MAX_SEED)
@@ -111,23 +116,6 @@ class AlignOptions:
                 f"--{name} is given {len(values)} times; give it once, or once for each --reward "
                 "in the same order"
             )
-
-    def prepare_folder(self) -> None:
-        """
-        Makes the folder of the results.
-
-        :raises OptionError: If that is impossible, or nothing can be written there.
-        """
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise OptionError(
-                f"--out {str(self.out)!r} cannot be written to ({reason}); choose another folder"
-            ) from None
 
     def command(self) -> str:
         """The command line that does the same; options left at their defaults are left out."""
@@ -160,9 +148,22 @@ _FLAGS = {
 _DEFAULTS = {field.name: field.default for field in fields(AlignOptions)}
 
 
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    single = isinstance(value, (str, int, float)) or callable(value)
+    return (value,) if single else tuple(value)
+
+
+def _as_floats(name: str, values: Sequence[Any]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError):
+        told = ", ".join(map(repr, values))
+        raise OptionError(f"--{name.rstrip('s')} needs numbers, got {told}") from None
+
+
 def _word(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}"
+        return repr(value)
     if callable(value):
         return f"{getattr(value, '__module__', '?')}:{getattr(value, '__name__', 'reward')}"
     return str(value)

@@ -21,6 +21,10 @@ from pyro_twist.infer import SMCResult
 __all__ = ["Arm", "Outcome", "Score", "Strength", "score_arm"]
 
 
+# Fewer say nothing about the spread between them.
+FEWEST_FAMILIES = 4
+
+
 @dataclass(frozen=True)
 class Strength:
     """
@@ -29,8 +33,11 @@ class Strength:
     :param str name: The reward.
     :param float scale: ``lambda``.
     :param float strength: ``lambda`` in units of ``1 / sd``, if it was chosen so.
-    :param float mean: The mean of the reward under the model, if it was measured.
+    :param float mean: The mean of the reward under the model, if it was measured, over the samples
+        that are allowed.
     :param float sd: Its standard deviation within classes, if it was measured.
+    :param int size: The number of samples on which it was measured.
+    :param int allowed: How many of those have a reward above minus infinity.
     """
 
     name: str
@@ -38,6 +45,8 @@ class Strength:
     strength: float | None = None
     mean: float | None = None
     sd: float | None = None
+    size: int = 0
+    allowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class Score:
 
     :param str label: The class, empty if none was asked for.
     :param dict reward_mean: The mean of each reward.
-    :param dict reward_best: The rewards of the particle of highest objective.
+    :param dict reward_best: The rewards of the particle of highest objective, or, where lambda is
+        zero, of highest reward.
     :param float objective_mean: The mean of the sum of the scaled rewards.
     :param float objective_best: The highest such sum.
     :param float judge: The mean score of the judge.
@@ -56,6 +66,14 @@ class Score:
     :param float diversity: Mean distance between two returned samples, ``None`` for a maximiser.
     :param float ess: The effective sample size at the end, ``None`` for a maximiser.
     :param float log_normalizer: The log of the estimated normaliser, if the method has one.
+    :param float ess_min: The lowest effective sample size of any step, ``None`` for a maximiser and
+        for particles pooled from several passes.
+    :param int ancestors: How many initial particles the final ones of positive weight descend from;
+        ``None`` as above.
+    :param int distinct: How many different samples have a positive weight.
+    :param dict reward_error: A standard error of each mean, where there is one.
+    :param float objective_error: Likewise of ``objective_mean``.
+    :param float judge_error: Likewise of ``judge``.
     """
 
     label: str
@@ -68,6 +86,12 @@ class Score:
     diversity: float | None
     ess: float | None
     log_normalizer: float | None
+    ess_min: float | None = None
+    ancestors: int | None = None
+    distinct: int = 0
+    reward_error: Mapping[str, float | None] = field(default_factory=dict)
+    objective_error: float | None = None
+    judge_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,8 @@ class Arm:
     :param torch.Tensor objective: The sum of the scaled rewards.
     :param torch.Tensor weights: The share of each particle in what the method returns; a
         maximiser's best has weight one.
-    :param torch.Tensor log_weights: The log-weights, unnormalised.
+    :param torch.Tensor log_weights: The log-weights, unnormalised; for a maximiser the logs of
+        ``weights``.
     :param SMCResult result: The result itself, with the diagnostics.
     :param tuple scores: A :class:`Score` for each population.
     """
@@ -95,6 +120,25 @@ class Arm:
     log_weights: Tensor
     result: SMCResult
     scores: tuple[Score, ...] = ()
+
+    @property
+    def ranking(self) -> Tensor:
+        """What the best particle has most of: the objective, the reward where lambda is zero."""
+        return self.objective if self.objective.any() else sum_of(self.rewards)
+
+    @property
+    def roots(self) -> Tensor | None:
+        """
+        The initial particle that each final one descends from, shaped like ``weights``; ``None``
+        for a maximiser and for particles pooled from several passes.
+        """
+        diagnostics = self.result.diagnostics
+        if diagnostics is None or diagnostics.ancestors is None:
+            return None
+        if self.method.returns == "a maximiser":
+            return None
+        first = diagnostics.lineages()[0]
+        return first.reshape(self.weights.shape) if first.numel() == self.weights.numel() else None
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -121,6 +165,9 @@ class Outcome:
     :param arms: The methods that have finished, in order.
     :param dict failures: Why others have not, by name.
     :param str error: What ended the job early, empty if nothing did.
+    :param float seconds: What the whole job took.
+    :param str started: When it began.
+    :param bool finished: Whether it has ended, be it early.
     """
 
     options: AlignOptions
@@ -134,6 +181,7 @@ class Outcome:
     error: str = ""
     seconds: float = 0.0
     started: str = ""
+    finished: bool = False
 
     def arm(self, name: str) -> Arm:
         """
@@ -152,15 +200,26 @@ class Outcome:
         return f"class {label}" if label.isdigit() else label
 
     @property
+    def reward_names(self) -> tuple[str, ...]:
+        """The names of the rewards, known as soon as a method has finished."""
+        if self.strengths:
+            return tuple(strength.name for strength in self.strengths)
+        return tuple(self.arms[0].rewards) if self.arms else ()
+
+    @property
     def single_reward(self) -> str | None:
         """The name of the reward, if there is only one, whose unit can then be used."""
-        return self.strengths[0].name if len(self.strengths) == 1 else None
+        return self.reward_names[0] if len(self.reward_names) == 1 else None
+
+    @property
+    def base(self) -> Arm | None:
+        """The arm of the model as it is, if it has finished."""
+        return next((arm for arm in self.arms if not arm.method.tilted), None)
 
     def relative_diversity(self, arm: Arm, population: int) -> float | None:
         """Diversity of an arm as a fraction of that of the base model, if both are known."""
         mine = arm.scores[population].diversity
-        bases = [other for other in self.arms if not other.method.tilted]
-        reference = bases[0].scores[population].diversity if bases else None
+        reference = self.base.scores[population].diversity if self.base else None
         return mine / reference if mine is not None and reference else None
 
 
@@ -179,8 +238,8 @@ def score_arm(arm: Arm, domain: Domain, labels: tuple[str, ...], indices: list[i
 
 def _score(arm: Arm, domain: Domain, label: str, index: int | None, p: int) -> Score:
     weights, samples, objective = arm.weights[:, p], arm.samples[:, p], arm.objective[:, p]
-    alive = torch.where(weights > 0, objective, -torch.inf)
-    best = int(alive.argmax())
+    roots = None if arm.roots is None else arm.roots[:, p]
+    best = int(torch.where(weights > 0, arm.ranking[:, p], -torch.inf).argmax())
     judged = domain.judge(samples, index)
     maximiser = arm.method.returns == "a maximiser"
     log_z = arm.result.log_normalizer.reshape(-1)[p].item()
@@ -196,7 +255,49 @@ def _score(arm: Arm, domain: Domain, label: str, index: int | None, p: int) -> S
         diversity=None if maximiser else _diversity(domain.distances(samples), weights),
         ess=None if maximiser else (1 / weights.square().sum()).item(),
         log_normalizer=log_z if estimates and math.isfinite(log_z) else None,
+        ess_min=None if roots is None else _least_ess(arm, p),
+        ancestors=None if roots is None else len(roots[weights > 0].unique()),
+        distinct=len(samples[weights > 0].flatten(1).unique(dim=0)),
+        reward_error={n: standard_error(v[:, p], weights, roots) for n, v in arm.rewards.items()},
+        objective_error=standard_error(objective, weights, roots),
+        judge_error=standard_error(judged.score, weights, roots),
     )
+
+
+def _least_ess(arm: Arm, p: int) -> float | None:
+    diagnostics = arm.result.diagnostics
+    if diagnostics is None:
+        return None
+    ess = diagnostics.ess.reshape(len(diagnostics.ess), -1)
+    return ess[:, p].min().item()
+
+
+def standard_error(values: Tensor, weights: Tensor, roots: Tensor | None) -> float | None:
+    """
+    A standard error of the weighted mean from the spread between families, the particles that
+    descend from one initial particle; for equal weights and no resampling the usual one.
+
+    :param torch.Tensor values: One number per particle.
+    :param torch.Tensor weights: Their weights, summing to one.
+    :param torch.Tensor roots: The family of each particle.
+    :returns: The error, too low where families are few; ``None`` without families, with fewer than
+        four, or for values that are not finite.
+    """
+    counted = weights > 0
+    if roots is None or not values[counted].isfinite().all():
+        return None
+    if len(roots[counted].unique()) < FEWEST_FAMILIES:
+        return None
+    centred = torch.where(counted, values.double() - mean(values, weights), 0.0)
+    zeros = torch.zeros_like(weights)
+    share = zeros.index_add(0, roots, weights).square().sum().item()
+    parts = zeros.index_add(0, roots, weights * centred).square().sum().item()
+    return math.sqrt(parts / (1 - share)) if share < 1 - 1e-9 else None
+
+
+def sum_of(rewards: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the rewards as they are."""
+    return torch.stack(list(rewards.values())).sum(0)
 
 
 def mean(values: Tensor, weights: Tensor) -> float:

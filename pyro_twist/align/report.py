@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyro_twist.align.files import save_results
-from pyro_twist.align.outcome import Arm, Outcome, versions
-from pyro_twist.align.table import CALLS, columns, number, summary_rows, table_rows
+from pyro_twist.align.folder import prepare_folder
+from pyro_twist.align.outcome import Arm, Outcome, Strength, versions
+from pyro_twist.align.table import CALLS, columns, number, remarks, summary_rows, table_rows
 from pyro_twist.infer import get_resampling
 from pyro_twist.infer.weights import effective_sample_size
 from pyro_twist.viz import (
@@ -50,6 +53,8 @@ def write_report(outcome: Outcome) -> Path:
     :returns: The page.
     """
     folder = outcome.options.out
+    if not (folder / "results.json").is_file():
+        prepare_folder(folder)
     save_results(outcome)
     pictures = _pictures(outcome)
     for name, figure in pictures.items():
@@ -65,17 +70,22 @@ def _pictures(outcome: Outcome) -> dict[str, Figure]:
     grid = Figure(png_bytes(draw_grid(outcome)), _grid_caption(outcome), "Samples of each method")
     pictures = {"grid": grid}
     try:
-        caption = (
-            "Every dot is a particle, its area the weight; the bar is the weighted mean, the "
-            "dotted line that of the base model."
-        )
-        pictures["rewards"] = Figure(png_bytes(draw_rewards(outcome)), caption)
+        pictures["rewards"] = Figure(png_bytes(draw_rewards(outcome)), _rewards_caption(outcome))
         for arm in outcome.arms:
             if arm.method.returns == "samples of the tilted law" and arm.result.diagnostics:
                 pictures[f"steps-{arm.method.name}"] = _steps_figure(arm)
     except ImportError:
         pass
     return pictures
+
+
+def _rewards_caption(outcome: Outcome) -> str:
+    reference = outcome.arms[0].method.name
+    return (
+        "Every dot is a particle, its area the weight; a small grey cross is a particle without "
+        "weight, such as the runners-up of a maximiser. The bar is the weighted mean, the dotted "
+        f"line that of {reference}. What is -inf is not drawn."
+    )
 
 
 def _steps_figure(arm: Arm) -> Figure:
@@ -108,7 +118,7 @@ def _row(outcome: Outcome, arm: Arm, p: int) -> PictureRow:
     maximiser = arm.method.returns == "a maximiser"
     index = torch.arange(min(SHOWN, len(arm.weights))) if maximiser else _draws(arm, p)
     name = outcome.single_reward
-    values = arm.objective if name is None else arm.rewards[name]
+    values = arm.ranking if name is None else arm.rewards[name]
     return PictureRow(
         label=arm.method.name,
         pictures=outcome.domain.pictures(arm.samples[index, p]),
@@ -127,18 +137,20 @@ def _draws(arm: Arm, p: int) -> torch.Tensor:
 
 def _notes(outcome: Outcome, arm: Arm, p: int) -> list[str]:
     reward, _, judge, *_ = (column.shown(column.value(arm, p)) for column in columns(outcome))
-    short = {"a maximiser": "the best, then runners-up"}
+    short = {"a maximiser": "the best, others pale"}
     name = "reward" if outcome.single_reward else "lambda * reward"
     return [short.get(arm.method.returns, arm.method.returns), f"{name} {reward}", f"judge {judge}"]
 
 
 def _grid_caption(outcome: Outcome) -> str:
     name = outcome.single_reward
-    unit = f"reward ({name})" if name else "sum of lambda * reward"
+    unit = f"reward ({name})" if name else _sum_name(outcome)
+    size = min(SHOWN, outcome.options.particles)
+    draws = f"{size} equally weighted draws" if size > 1 else "one draw"
     return (
-        f"Below each picture: its {unit}. Samplers are shown by {SHOWN} equally weighted draws, in "
-        "which a heavy particle appears several times; a maximiser by the sample it returns, "
-        "followed by the runners-up, pale."
+        f"Below each picture: its {unit}. Samplers are shown by {draws}, in which a heavy particle "
+        "may appear several times; a maximiser by the sample it returns, followed by the next "
+        "best, pale."
     )
 
 
@@ -154,37 +166,44 @@ def draw_rewards(outcome: Outcome) -> Any:
         panels[outcome.heading(p)] = [
             WeightedValues(
                 arm.method.name,
-                (arm.objective if name is None else arm.rewards[name])[:, p].cpu().numpy(),
+                (arm.ranking if name is None else arm.rewards[name])[:, p].cpu().numpy(),
                 arm.weights[:, p].cpu().numpy(),
                 "maximiser" if arm.method.returns == "a maximiser" else "samples",
             )
             for arm in outcome.arms
         ]
-    return plot_rewards(panels, unit=name or "sum of lambda * reward")
+    return plot_rewards(panels, unit=name or _greek(_sum_name(outcome)))
+
+
+def _sum_name(outcome: Outcome) -> str:
+    tilted = any(strength.scale for strength in outcome.strengths)
+    return "sum of lambda * reward" if tilted else "sum of the rewards"
 
 
 # the page
 
 
 def _page(outcome: Outcome, pictures: dict[str, Figure]) -> Page:
-    names = " + ".join(strength.name for strength in outcome.strengths) or "a reward"
+    names = " + ".join(outcome.reward_names) or "a reward"
     stacks = [figure for name, figure in pictures.items() if name.startswith("steps-")]
     sections = [
-        *([Section("Samples", [pictures["grid"]])] if "grid" in pictures else []),
         *([Section("In numbers", list(_tables(outcome)))] if outcome.arms else []),
+        *([Section("Samples", [pictures["grid"]])] if "grid" in pictures else []),
+        *([Section("Class by class", list(_class_tables(outcome)))] if outcome.arms else []),
         Section("How strong the tilt is", list(strength_sentences(outcome))),
         *([Section("Rewards found", [pictures["rewards"]])] if "rewards" in pictures else []),
         Section("What each method returns", [_methods_table(outcome)]),
         *(
-            [Section("Inside the samplers", [_STEPS_TEXT, *stacks], side_by_side=True)]
+            [Section("Inside the samplers", [_STEPS_TEXT, *stacks], side_by_side=len(stacks) > 1)]
             if stacks
             else []
         ),
     ]
+    sections = [replace(section, parts=[*map(_greek, section.parts)]) for section in sections]
     return Page(
         title=f"Aligning {outcome.domain.name} to {names}",
-        lead="Samples of p(x) exp(lambda * reward(x)), where p is the model: it is not retrained, "
-        "and all methods may call its network equally often.",
+        lead="Samples of p(x) exp(λ * reward(x)), where p is the model: it is not retrained, and "
+        "all methods may call its network equally often.",
         facts=_facts(outcome),
         sections=[section for section in sections if section.parts],
         warning=_warning(outcome),
@@ -199,8 +218,8 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     return [
         ("model", outcome.domain.name),
         ("class", ", ".join(outcome.labels) if outcome.labels != ("",) else "any"),
-        ("reward", ", ".join(strength.name for strength in outcome.strengths) or ABSENT_YET),
-        ("lambda", scales or ABSENT_YET),
+        ("reward", ", ".join(outcome.reward_names) or ABSENT_YET),
+        ("λ", scales or ABSENT_YET),
         ("particles", str(options.particles)),
         ("steps", f"{options.steps}, {options.scheduler}"),
         ("guidance", f"{outcome.guidance:g}"),
@@ -219,17 +238,35 @@ def _tables(outcome: Outcome) -> Iterator[str | Table]:
     if len(outcome.labels) > 1:
         yield "Means over the classes; of the best, the best of all. Calls and seconds are sums."
     yield Table(headings, summary_rows(outcome), told)
-    if len(outcome.labels) > 1:
-        for p in range(len(outcome.labels)):
-            yield outcome.heading(p)
-            yield Table(headings[: 1 + len(own)], table_rows(outcome, p))
+    yield from remarks(outcome)
     if outcome.single_reward is None:
         yield "Each reward in its own unit, means over the classes:"
         yield _reward_table(outcome)
 
 
+def _class_tables(outcome: Outcome) -> Iterator[str | Table]:
+    headings = ["method", *(column.heading for column in columns(outcome))]
+    for p in range(len(outcome.labels) if len(outcome.labels) > 1 else 0):
+        yield outcome.heading(p)
+        yield Table(headings, table_rows(outcome, p))
+
+
+def _greek(part: str | Table | Figure) -> Any:
+    """Writes lambda as a letter, except in the names of functions."""
+    if isinstance(part, str):
+        return re.sub(r"(?<![<\w])lambda(?![>\w])", "λ", part)
+    if isinstance(part, Figure):
+        return replace(part, caption=_greek(part.caption), alt=_greek(part.alt))
+    return replace(
+        part,
+        columns=[*map(_greek, part.columns)],
+        rows=[[*map(_greek, row)] for row in part.rows],
+        explanations=[*map(_greek, part.explanations)],
+    )
+
+
 def _reward_table(outcome: Outcome) -> Table:
-    names = [strength.name for strength in outcome.strengths]
+    names = outcome.reward_names
     rows = []
     for arm in outcome.arms:
         means = [[score.reward_mean[name] for score in arm.scores] for name in names]
@@ -240,37 +277,54 @@ def _reward_table(outcome: Outcome) -> Table:
 def strength_sentences(outcome: Outcome) -> Iterator[str]:
     """Says what ``lambda`` is and where it comes from, reward by reward."""
     for strength in outcome.strengths:
-        yield _strength_sentence(strength.name, strength)
-    if outcome.calibration and outcome.strengths:
-        denoiser, reward = (outcome.calibration.get(k, 0) for k in ("denoiser", "reward"))
-        yield (
-            "The samples for that came in part or wholly from a separate run of the model: "
-            f"{denoiser:,} denoiser calls and {reward:,} reward calls beyond the table."
-        )
-    if outcome.strengths and outcome.arms and not outcome.arms[0].method.tilted:
-        yield _severity(outcome)
+        yield _strength_sentence(strength, len(outcome.labels) > 1)
+    if outcome.strengths and outcome.strengths[0].strength is not None:
+        yield _where_measured(outcome, outcome.strengths[0].size)
+    if outcome.strengths and outcome.base and outcome.base.weights.shape[0] > 1:
+        yield _severity(outcome, outcome.base)
 
 
-def _strength_sentence(name: str, strength: Any) -> str:
-    if strength.strength is None:
-        text = f"{name}: lambda = {strength.scale:g}, as given by --scale."
-        if strength.sd:
-            text += (
-                f" Under the model the reward has mean {number(strength.mean)} and standard "
-                f"deviation (sd) {strength.sd:.3g}, so that this is "
-                f"{strength.scale * strength.sd:.2g} / sd."
-            )
-        return text
+def _where_measured(outcome: Outcome, size: int) -> str:
+    denoiser, reward = (outcome.calibration.get(kind, 0) for kind in ("denoiser", "reward"))
+    drawn = denoiser // outcome.options.steps
+    if drawn == 0:
+        return "The samples for that are those of base."
+    those = f"The {size} samples for that"
+    if drawn < size:
+        those = f"Of the {size} samples for that, {size - drawn} are those of base and {drawn}"
     return (
-        f"{name}: lambda = {strength.scale:g} = {strength.strength:g} / {strength.sd:.3g}. Under "
-        f"the model the reward has mean {number(strength.mean)} and standard deviation "
-        f"(sd) {strength.sd:.3g}; were it normal, the tilt would move its mean by "
-        f"{strength.strength:g} sd (--strength). Set lambda itself with --scale."
+        f"{those} were drawn besides, with {denoiser:,} denoiser calls and {reward:,} reward calls "
+        "that the table does not count; they are the same for every --seed."
     )
 
 
-def _severity(outcome: Outcome) -> str:
-    base = outcome.arms[0]
+def _strength_sentence(strength: Strength, within: bool) -> str:
+    lead = f"{strength.name}: lambda = {strength.scale:g}"
+    if strength.strength is None:
+        text = f"{lead}, as given by --scale."
+        if strength.sd:
+            this = f"{strength.scale * strength.sd:.2g} / sd"
+            text += f" {_measured(strength, within)}, so that this is {this}."
+        return text
+    return (
+        f"{lead} = {strength.strength:g} / {strength.sd:.3g}. {_measured(strength, within)}; were "
+        f"it normal, the tilt would move its mean by {strength.strength:g} sd (--strength). Set "
+        "lambda itself with --scale."
+    )
+
+
+def _measured(strength: Strength, within: bool) -> str:
+    over = f"over {strength.size} samples"
+    if strength.allowed < strength.size:
+        over = f"over the {strength.allowed} of {strength.size} samples that are not -inf"
+    classes = " within classes" if within else ""
+    return (
+        f"Under the model, measured {over}, the reward has mean {number(strength.mean)} and "
+        f"standard deviation{classes} (sd) {strength.sd:.3g}"
+    )
+
+
+def _severity(outcome: Outcome, base: Arm) -> str:
     ess = effective_sample_size(base.objective).mean().item()
     each = " of each class" if len(outcome.labels) > 1 else ""
     if ess == 0:
@@ -299,5 +353,5 @@ def _footer(outcome: Outcome) -> str:
         f"{outcome.started}, {outcome.seconds:.0f} s in all, on {of['machine']}, threads: "
         f"{of['threads']}. pyro_twist {of['pyro_twist']}, Python {of['python']}, "
         f"torch {of['torch']}, Pyro {of['pyro-ppl']}, diffusers {of['diffusers']}. Every figure is "
-        "in results.json, every sample in samples/."
+        "in results.json, every final particle with its reward and weight in samples/."
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -40,12 +41,25 @@ def _make(domain: Domain, given: str | Callable[..., Any]) -> Reward:
     if isinstance(given, Reward):
         return given
     if not isinstance(given, str):
-        return Reward(given)
+        return _wrapped(given)
     name, colon, argument = given.strip().partition(":")
     if not colon or name in {known.partition(":")[0] for known in domain.rewards()}:
         return domain.reward(name.strip(), argument.strip())
     function = load_function(given)
-    return function if isinstance(function, Reward) else Reward(function)
+    return function if isinstance(function, Reward) else _wrapped(function)
+
+
+def _wrapped(function: Callable[..., Any]) -> Reward:
+    name = getattr(function, "__name__", type(function).__name__)
+
+    @functools.wraps(function)
+    def returning(samples: Any) -> Any:
+        values = function(samples)
+        if values is None:
+            raise TypeError(f"{name} returned None; it may lack a 'return'")
+        return values
+
+    return Reward(returning, name=name)
 
 
 def load_function(path: str) -> Any:
@@ -58,6 +72,10 @@ def load_function(path: str) -> Any:
     :raises OptionError: If the module or the function cannot be had.
     """
     place, _, name = path.strip().rpartition(":")
+    if not place or not name:
+        raise OptionError(
+            f"--reward {path}: name a file or module and a function in it, as in r.py:score"
+        )
     module = _load_module(path, place)
     value: Any = module
     for part in name.split("."):

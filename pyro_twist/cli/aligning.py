@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from pyro_twist.align import (
     write_report,
 )
 from pyro_twist.align.report import strength_sentences
-from pyro_twist.align.table import CALLS, columns, summary_rows, table_rows
+from pyro_twist.align.table import CALLS, columns, remarks, summary_rows, table_rows
 from pyro_twist.cli.app import FAILED, INTERRUPTED, WRONG_OPTION, complain
 from pyro_twist.rewards import RewardWarning
 
@@ -60,13 +61,13 @@ def align_command(model: str, given: dict[str, Any], quiet: bool) -> int:
         code = INTERRUPTED if outcome.error == "interrupted" else FAILED
         complain(outcome.error)
     print_outcome(outcome, console)
+    page = write_report(outcome)
+    names = ", ".join(arm.method.name for arm in outcome.arms)
+    what = "Results" if not code else f"Results of what had finished ({names})"
     if outcome.arms or not code:
-        page = write_report(outcome)
-        names = ", ".join(arm.method.name for arm in outcome.arms)
-        what = "Results" if not code else f"Results of what had finished ({names})"
         print(f"{what} are in {outcome.options.out}; open {page}")
     else:
-        complain("no method had finished, so there are no results")
+        complain(f"no method had finished, so there are no results; {page} says so too")
     survived = any(arm.method.tilted for arm in outcome.arms)
     return code or (FAILED if outcome.failures and not survived else 0)
 
@@ -85,13 +86,30 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         own = [column.heading for column in columns(outcome)]
         several = len(outcome.labels) > 1
         title = "Means over the classes" if several else ""
-        console.print(_table(title, [*own, *CALLS], summary_rows(outcome)))
+        _print_table(console, title, [*own, *CALLS], summary_rows(outcome))
         for p in range(len(outcome.labels) if several else 0):
-            console.print(_table(outcome.heading(p), own, table_rows(outcome, p)))
+            _print_table(console, outcome.heading(p), own, table_rows(outcome, p))
+        for text in remarks(outcome):
+            console.print(text, style="dim")
         returned = (f"{arm.method.name}: {arm.method.returns}" for arm in outcome.arms)
         console.print("Returned: " + "; ".join(returned) + ".", style="dim")
     for name, reason in outcome.failures.items():
         console.print(f"{name} failed: {reason}", style="red")
+
+
+def _print_table(console: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """Breaks a table that is too wide into several, so that no digit is cut."""
+    unlimited = console.options.update(width=10_000)
+    start, end = 0, len(headings)
+    while start < len(headings):
+        cut = [[row[0], *row[1 + start : 1 + end]] for row in rows]
+        table = _table(title, headings[start:end], cut)
+        fits = console.measure(table, options=unlimited).maximum <= console.width
+        if fits or end == start + 1:
+            console.print(table)
+            start, end = end, len(headings)
+        else:
+            end -= 1
 
 
 def _table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
@@ -113,7 +131,8 @@ class _BarProgress(Progress):
         self.task = self.bars.add_task(title, total=total, figures="")
 
     def advance(self, done: int, ess: float, log_normalizer: float) -> None:
-        figures = f"ESS {ess:.1f}  log Z {log_normalizer:.2f}"
+        known = not math.isnan(log_normalizer)
+        figures = f"ESS {ess:.1f}  log Z {log_normalizer:.2f}" if known else ""
         self.bars.update(self.task, completed=done, figures=figures)
 
     def end(self) -> None:

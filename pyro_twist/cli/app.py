@@ -91,7 +91,7 @@ _ALIGN_HELP = (
     "what each found, and writes pictures, plots, all numbers and a page that shows them, "
     "report.html.\n\n"
     "The samplers draw from p(x) exp(lambda * reward(x)); best-of-N only looks for the highest "
-    "reward. A reward may be a black box: its gradient is never used."
+    "lambda * reward. A reward may be a black box: its gradient is never used."
 )
 _ALIGN_EXAMPLES = (
     "Examples: pyro-twist align emoji -c people -r green;  pyro-twist align emoji -c all "
@@ -137,7 +137,7 @@ def align(
             "--strength",
             metavar="SD",
             help="How far to tilt: lambda is this many over the standard deviation of the reward "
-            "under the model. Once, or once for each reward.",
+            "under the model, measured on 64 samples or more. Once, or once for each reward.",
             show_default="3",
             rich_help_panel=WHAT,
         ),
@@ -219,7 +219,11 @@ def align(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Everything random depends on it alone.", rich_help_panel=RUN)
+        int,
+        typer.Option(
+            help="Every method's randomness depends on it alone; lambda does not.",
+            rich_help_panel=RUN,
+        ),
     ] = 0,
     out: Annotated[
         Path,
@@ -227,7 +231,8 @@ def align(
             "--out",
             "-o",
             metavar="FOLDER",
-            help="Where the results go; files of an earlier run there are replaced.",
+            help="Where the results go; those of an earlier run there are replaced, and a folder "
+            "with other files is refused.",
             rich_help_panel=RUN,
         ),
     ] = Path("results/align"),

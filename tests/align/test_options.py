@@ -38,7 +38,7 @@ def test_classes_are_matched_tolerantly(given: str | int, index: int) -> None:
     assert find_domain("emoji").match_class(given) == index
 
 
-@pytest.mark.parametrize("given", ["a", "", "9", "-1", "fodo"])
+@pytest.mark.parametrize("given", ["", "9", "-1", "fodo"])
 def test_classes_are_not_guessed(given: str) -> None:
     with pytest.raises(OptionError, match=r"Food & Drink \(3\)"):
         find_domain("emoji").match_class(given)
@@ -50,6 +50,10 @@ def test_classes_are_not_guessed(given: str) -> None:
         ("red", "red"),
         ("colour:orange", "colour:orange"),
         ("colour:#ff8800", "colour:#ff8800"),
+        ("colour:#112233", "colour:#112233"),
+        ("colour:rgb=112233", "colour:rgb=112233"),
+        ("colour:rgb=0.2,0.3,0.4", "colour:rgb=0.2,0.3,0.4"),
+        ("colour:0,0,1", "colour:0,0,1"),
         ("compressible:quality=50", "compressible:quality=50"),
         ("symmetric:top-bottom", "symmetric:top-bottom"),
         ("class:food", "class:Food & Drink"),
@@ -68,7 +72,12 @@ def test_rewards_by_name(given: str, name: str) -> None:
         ("class:", "needs a class"),
         ("class:fodo", "did you mean 'Food & Drink"),
         ("compressible:qualty=3", "its options are: quality"),
-        ("colour", "missing"),
+        ("colour", "as in colour:orange"),
+        ("colour:0.2,0.3", "no colour"),
+        ("compressible:quality=abc", "quality is 'abc'; give a whole number"),
+        ("compressible:quality=99", "from 1 to 95"),
+        ("bright:3", "it has no options; leave out '3'"),
+        ("r.py:", "as in r.py:score"),
         ("colour:reddish", "no colour"),
         ("no_such_module:function", "No module named"),
         ("no/such/file.py:function", "there is no file"),
@@ -151,6 +160,45 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="cannot be written to"):
         align.run(AlignOptions(out=tmp_path / "file"))
+
+
+def test_values_may_come_alone() -> None:
+    options = AlignOptions("digits", "bright", 3, "fk", 2, 3.0, out="results")  # type: ignore
+    assert (options.rewards, options.classes, options.methods) == (("bright",), (3,), ("fk",))
+    assert (options.strengths, options.scales, options.out) == ((2.0,), (3.0,), Path("results"))
+    assert AlignOptions(rewards=["red", "blue"]).rewards == ("red", "blue")  # type: ignore
+    assert AlignOptions(classes="3").classes == ("3",)  # type: ignore
+    with pytest.raises(OptionError, match="--scale needs numbers, got 'much'"):
+        AlignOptions(scales="much")  # type: ignore
+
+
+def test_command_keeps_every_digit() -> None:
+    words = shlex.split(AlignOptions(scales=(34.123456789,), ess_threshold=1 / 3).command())
+    assert float(words[words.index("--scale") + 1]) == 34.123456789
+    assert float(words[words.index("--ess-threshold") + 1]) == 1 / 3
+
+
+def test_several_classes_that_match_are_named() -> None:
+    with pytest.raises(OptionError, match=r"several classes .* match 'a': Animals & Nature \(2\)"):
+        find_domain("emoji").match_class("a")
+
+
+def test_numbers_are_not_likened_to_classes() -> None:
+    with pytest.raises(OptionError) as caught:
+        find_domain("digits").match_class("12")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_colour_is_not_offered_for_grey_samples() -> None:
+    assert not {"red", "colour", "saturated"} & set(find_domain("digits").rewards())
+    assert {"red", "colour", "saturated"} <= set(find_domain("emoji").rewards())
+
+
+def test_colour_of_three_numbers() -> None:
+    given = ["colour:rgb=0.2,0.4,0.6", "colour:#336699"]
+    by_numbers, by_hex = make_rewards(find_domain("emoji"), given).values()
+    images = torch.rand(3, 3, 8, 8)
+    assert torch.allclose(by_numbers(images), by_hex(images))
 
 
 def test_command_reproduces_the_options() -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,7 @@ def test_quiet_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["algn"], "align"),
         (["align", "emojis"], "did you mean 'emoji'"),
         (["align", "digits", "--rewrad", "red"], "--reward"),
-        (["align", "digits", "--reward", "reed"], "did you mean 'red'"),
+        (["align", "emoji", "--reward", "reed"], "did you mean 'red'"),
         (["align", "digits", "--class", "eleven"], "0, 1, 2"),
         (["align", "digits", "--method", "fkk"], "did you mean 'fk'"),
         (["align", "digits", "--particles", "0"], "--particles is 0"),
@@ -80,6 +82,8 @@ def test_quiet_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["align", "digits", "--scale", "1", "--strength", "2"], "only one"),
         (["align", "digits", "--out", __file__], "cannot be written"),
         (["align", "digits", "--reward", "nowhere:function"], "No module named 'nowhere'"),
+        (["align", "digits", "--reward", "red"], "are grey"),
+        (["align", "digits", "--class", "all,3"], "give it alone"),
         (["rewards", "emojis"], "did you mean 'emoji'"),
     ],
 )
@@ -102,7 +106,7 @@ def test_wrong_options_get_one_sentence(
 def test_reward_that_fails_half_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = (
         "calls = []\n\n\ndef score(images):\n    calls.append(1)\n"
-        "    if len(calls) > 2:\n        raise OSError('out of tokens')\n"
+        "    if len(calls) > 3:\n        raise OSError('out of tokens')\n"
         "    return images.mean((1, 2, 3))\n"
     )
     (tmp_path / "leaves.py").write_text(source)
@@ -110,7 +114,10 @@ def test_reward_that_fails_half_way(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert call([*SMALL, "--reward", f"{tmp_path}/leaves.py:score", "--out", str(out)]) == 1
     captured = capsys.readouterr()
     [line] = captured.err.splitlines()
-    assert line.endswith("OSError: out of tokens")
+    assert "best-of-n: reward 'score' failed" in line
+    assert "OSError: out of tokens (leaves.py:7)" in line
+    assert line.endswith("(the batch had failed as a whole, then each sample was scored alone)")
+    assert "failed on sample" in (out / "report.html").read_text(encoding="utf-8")
     last = captured.out.splitlines()[-1]
     assert last.startswith(f"Results of what had finished (base) are in {out}")
     assert (out / "samples" / "base.npz").exists()
@@ -138,3 +145,52 @@ def test_warnings_of_rewards_are_short(tmp_path: Path, capsys: pytest.CaptureFix
     lines = capsys.readouterr().err.splitlines()
     assert 1 <= len(lines) <= 4
     assert all(line.startswith("warning: reward 'score' is NaN") for line in lines[:3])
+
+
+@pytest.mark.parametrize("width", [30, 60, 200])
+def test_no_digit_is_cut(
+    width: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert call([*SMALL, "--scale", "3", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("…" in line for line in lines)
+    assert max(map(len, lines[:-1])) <= width
+    words = " ".join(lines).split()
+    assert all(word in words for word in ("judge", "ancestors", "seconds", "12"))
+
+
+def test_bars_say_nothing_that_has_no_meaning() -> None:
+    from rich.progress import Progress as Bars
+
+    from pyro_twist.cli.aligning import _BarProgress
+
+    bars = Bars(disable=True)
+    progress = _BarProgress(bars)
+    progress.begin("Base model", 4)
+    progress.advance(2, 4.0, float("nan"))
+    assert bars.tasks[0].fields["figures"] == ""
+    progress.advance(3, 4.0, 1.5)
+    assert bars.tasks[0].fields["figures"] == "ESS 4.0  log Z 1.50"
+
+
+def test_failure_leaves_a_page_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.py").write_text("def score(images):\n    return 1 / 0\n")
+    out = tmp_path / "out"
+    assert call([*SMALL, "--out", str(out)]) == 0
+    assert (out / "grid.png").exists()
+    assert call([*SMALL, "--reward", f"{tmp_path}/broken.py:score", "--out", str(out)]) == 1
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert "division by zero (broken.py:2)" in text
+    assert not (out / "grid.png").exists()
+
+
+def test_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "pyro_twist", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == f"pyro-twist {pyro_twist.__version__}\n"

@@ -1,0 +1,71 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The folder of the results: one run at a time, and nobody else's files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pyro_twist.align.options import OptionError
+
+__all__ = ["prepare_folder"]
+
+
+def prepare_folder(folder: Path) -> None:
+    """
+    Makes the folder of the results, and removes those of an earlier run from it.
+
+    Only files that such a run writes are removed, and only if its ``results.json`` is there.
+
+    :param ~pathlib.Path folder: The folder.
+    :raises OptionError: If nothing can be written there, or it holds other files but no results.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        _clear(folder)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OptionError(
+            f"--out {str(folder)!r} cannot be written to ({reason}); choose another folder"
+        ) from None
+
+
+def _clear(folder: Path) -> None:
+    found = _own_results(folder)
+    if found is not None:
+        for path in _artefacts(folder, found):
+            path.unlink(missing_ok=True)
+        if (folder / "samples").is_dir() and not any((folder / "samples").iterdir()):
+            (folder / "samples").rmdir()
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise OptionError(
+            f"--out {str(folder)!r} holds files that are no results of this command; choose "
+            "another folder, or empty this one"
+        )
+
+
+def _own_results(folder: Path) -> dict[str, Any] | None:
+    """What an earlier run wrote to ``results.json``, if one did."""
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return found if "pyro_twist" in found["versions"] and found["options"]["methods"] else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _artefacts(folder: Path, found: dict[str, Any]) -> Iterator[Path]:
+    """The files of that run, the mark that they are ours last."""
+    for name in ("report.html", "grid.png", "rewards.png", "results.json.part"):
+        yield folder / name
+    for method in map(str, found["options"]["methods"]):
+        yield folder / f"steps-{method}.png"
+        yield folder / "samples" / f"{method}.npz"
+    yield folder / "results.json"

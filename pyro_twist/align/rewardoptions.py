@@ -1,0 +1,67 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is behind the colon of a named image reward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro_twist.align.options import OptionError
+
+__all__ = ["number_or_text", "parse_reward_options"]
+
+# the only option of each reward that has one, which need not be named, and an example
+_OPTIONS = {
+    "colour": ("rgb", "orange"),
+    "compressible": ("quality", "50"),
+    "incompressible": ("quality", "50"),
+    "symmetric": ("axis", "top-bottom"),
+}
+
+
+def parse_reward_options(name: str, argument: str) -> dict[str, Any]:
+    """
+    Reads ``"option=value"``, or the value alone.
+
+    :param str name: The reward.
+    :param str argument: What is behind the colon, empty for nothing.
+    :returns: The options by name; values are not checked beyond their type.
+    :raises OptionError: If there is no such option, or the value is of the wrong kind.
+    """
+    option, example = _OPTIONS.get(name, ("", ""))
+    if not argument and option == "rgb":
+        raise OptionError(f"--reward {name}: say which one, as in {name}:{example}")
+    if not argument:
+        return {}
+    if not option:
+        raise OptionError(f"--reward {name}: it has no options; leave out {argument!r}")
+    key, equals, value = argument.partition("=")
+    if equals and key.strip() != option:
+        raise OptionError(f"--reward {name}: no option {key.strip()!r}; its options are: {option}")
+    return {option: _value(name, option, (value if equals else argument).strip())}
+
+
+def _value(name: str, option: str, text: str) -> Any:
+    if option == "rgb":
+        return _colour(text)
+    value = number_or_text(text)
+    if option == "quality" and not isinstance(value, int):
+        raise OptionError(f"--reward {name}: quality is {text!r}; give a whole number, 1 to 95")
+    return text if option == "axis" else value
+
+
+def _colour(text: str) -> Any:
+    numbers = [number_or_text(part) for part in text.split(",")]
+    is_triple = len(numbers) > 1 and not any(isinstance(one, str) for one in numbers)
+    return tuple(map(float, numbers)) if is_triple else text
+
+
+def number_or_text(text: str) -> Any:
+    """A whole number if it is one, otherwise any other number, otherwise the text."""
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
