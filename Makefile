@@ -39,7 +39,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 align: $(VENV)/.installed-run  ## align the shipped emoji model to a reward
-	@$(BIN)/pyro-twist align emoji --out "$(OUT)" $(or $(ARGS),--class people --reward green)
+	@$(BIN)/pyro-twist align emoji --out "$(OUT)" $(or $(ARGS),--class flags --reward green)
 
 test: $(VENV)/.installed-test  ## run the tests
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)

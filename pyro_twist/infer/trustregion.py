@@ -125,8 +125,10 @@ def dual_temper(log_path: torch.Tensor, log_base: torch.Tensor, kl_budget: float
     Minimises the convex :math:`l \\epsilon + (1 + l) \\log \\sum_i q_{0,i} R_i^{1/(1+l)}` over
     :math:`l \\ge 0`; then :math:`\\tau = 1 / (1 + l)`. Arguments as in :func:`temper`.
     """
-    from scipy.optimize import minimize_scalar
-
+    try:
+        from scipy.optimize import minimize_scalar
+    except ImportError as error:
+        raise ImportError("dual_temper needs scipy: pip install 'pyro-twist[rewards]'") from error
     log_path, log_base = _live(log_path, log_base)
 
     def dual(tau: float) -> float:
