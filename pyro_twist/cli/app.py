@@ -33,7 +33,7 @@ def main(args: list[str] | None = None) -> None:
 
     :param args: The arguments, by default those of the process.
     """
-    # before PyTorch loads: threads that spin while they wait cost a factor of ten on a busy machine
+    # before PyTorch loads: threads that spin while they wait make a busy machine many times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
     try:

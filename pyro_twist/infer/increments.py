@@ -254,20 +254,22 @@ class LogProbReducer:
 
     def __call__(self, increment: Increment) -> Increment:
         """Reduces an increment to the shape of the log-weights, in float64."""
-        self._check_plates(increment)
+        self._check_dims(increment)
+        self._check_population(increment)
         return replace(increment, value=self._reduce(increment.name, increment.value))
 
     def check_latents(self, trace: poutine.Trace) -> None:
         """Refuses latents that all populations would share."""
         for name, site in sample_sites(trace):
             if self.population_plate is not None and not site["is_observed"]:
-                self._check_plates(_increment(name, site, site["value"]))
+                self._check_population(_increment(name, site, site["value"]))
 
-    def _check_plates(self, increment: Increment) -> None:
-        dims = {plate.dim for plate in increment.plates if plate.vectorized}
+    def _check_dims(self, increment: Increment) -> None:
+        """Refuses batch dims that are no plate's: they would mix the particles."""
+        plates = {plate.dim: plate.size for plate in increment.plates if plate.vectorized}
         sizes = enumerate(reversed(increment.value.shape), start=1)
-        stray = [-k for k, size in sizes if size > 1 and -k not in dims]
-        if stray and self.population_plate is None:
+        stray = [-k for k, size in sizes if size > 1 and plates.get(-k) != size]
+        if stray:
             raise ValueError(
                 f"site {increment.name!r} has a log-probability of shape "
                 f"{tuple(increment.value.shape)}, but dim {stray[0]} is in no plate. Try one of "
@@ -276,6 +278,8 @@ class LogProbReducer:
                 f"{(self.num_particles,) + (1,) * self.max_plate_nesting}, from a reward; raise "
                 "max_plate_nesting."
             )
+
+    def _check_population(self, increment: Increment) -> None:
         if self.population_plate is None:
             return
         if all(plate.name != self.population_plate for plate in increment.plates):

@@ -139,6 +139,7 @@ class TrustRegionTwist(TwistedSMC):
         self._etas: list[float] = []
         self._steps: list[list[PathStep]] = []
         self._stopped = False
+        self._open = False
         super().__init__(model, guide, num_particles, max_plate_nesting, **options)
 
     # passes
@@ -171,13 +172,14 @@ class TrustRegionTwist(TwistedSMC):
     def sample(self, *args: Any, **kwargs: Any) -> SMCResult:
         """One pass with the twist as it is, kept for the next :meth:`update`; its own result."""
         self._arguments = (args, kwargs)
-        self._num_steps = -1
+        self._num_steps, self._open = -1, True
         self._keep_pass(super().resume())
         return self._results[-1]
 
     def resume(self) -> SMCResult:
         """Goes on after a failure, in :meth:`run`: finishes the pass, and makes the others."""
-        self._keep_pass(super().resume())
+        if self._open:  # a pass that was finished must not be counted twice
+            self._keep_pass(super().resume())
         if len(self.iterations) < self.num_iterations:
             self._update_unless_stopped()
         return self._go_on()
@@ -205,6 +207,7 @@ class TrustRegionTwist(TwistedSMC):
                 state=dict(self.state),
             )
         )
+        self._open = False
         self._results.append(result)
         self._etas.append(self.iterations[-1].eta if self.iterations else 0.0)
 
@@ -260,8 +263,12 @@ class TrustRegionTwist(TwistedSMC):
         terminal = sum((i.value for i in increments if i.name in self._observed), start=zero)
         self._memory["log_path"] = self._memory["log_path"] + path
         self._memory["log_terminal"] = self._memory["log_terminal"] + terminal
-        self._steps.append(self._pending)
         return returned
+
+    def _move(self, method: str, args: Any, kwargs: Any, *, resample: bool = True) -> None:
+        super()._move(method, args, kwargs, resample=resample)
+        # only now: a step that fails is taken again
+        self._steps.append(self._pending)
 
     def _resample(self, index: torch.Tensor, chosen: torch.Tensor) -> None:
         # offspring number N p_a on average, so each stands for 1 / (N p_a) of its ancestor's law
@@ -369,6 +376,17 @@ class TrustRegionTwist(TwistedSMC):
         return float(self.centring)
 
     # reading
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        Refused: recorded paths hold distributions, which cannot be saved safely.
+
+        :raises ValueError: Always; says what to save instead.
+        """
+        raise ValueError(
+            "TrustRegionTwist cannot be saved in the middle of a pass; save the fitted twist "
+            "with guide.save(path) and run it with TwistedSMC, which can"
+        )
 
     def table(self) -> str:
         """The iterations as a table of text, one line each."""

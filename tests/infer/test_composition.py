@@ -40,6 +40,18 @@ def test_undeclared_batch_dims_are_refused() -> None:
         TwistedSMC(Flat(2), None, 6, 1).run()
 
 
+def test_undeclared_batch_dims_are_refused_in_a_plate_of_one() -> None:
+    """One prompt: the undeclared dim lands on its plate, whose size it does not have."""
+
+    class Flat(LinearGaussianChain):
+        def terminal(self, state: Any, x0: torch.Tensor) -> None:
+            pyro.factor("flat", x0[:, 0])
+
+    with pytest.raises(ValueError, match=r"Shape mismatch.*'replicates'.*flat dim -1, 1 vs 6"):
+        run_one = TwistedSMC(Flat(2, replicates=1), None, 6, 1, population_plate="replicates")
+        run_one.run()
+
+
 @pytest.mark.parametrize("guide", [None, Twist])
 def test_auxiliary_sites_of_the_model_are_plain_latents(guide: Any) -> None:
     class Auxiliary(LinearGaussianChain):

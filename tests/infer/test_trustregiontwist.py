@@ -286,6 +286,37 @@ def test_resume_after_a_failing_reward() -> None:
     assert torch.equal(result.log_weights, whole.log_weights)
 
 
+def test_resume_never_counts_a_pass_twice() -> None:
+    chain = LinearGaussianChain(3, k=1.0, dim=1)
+    smc = TrustRegionTwist(chain, ShiftTwist(chain), 16, seed=5)
+    result = smc.run()
+    assert torch.equal(smc.resume().log_weights, result.log_weights)
+    assert len(smc.passes) == 4
+
+
+def test_a_step_that_fails_after_weighting_is_recorded_once() -> None:
+    chain = LinearGaussianChain(4, k=2.0, dim=1)
+    smc = TrustRegionTwist(chain, CalibratedLookahead(chain), 16, ess_threshold=1.0, seed=5)
+    original, failures = smc._resample, [True]
+
+    def failing(*args: Any) -> None:
+        if failures.pop() if failures else False:
+            raise RuntimeError("interrupted")
+        original(*args)
+
+    smc._resample = failing  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="interrupted"):
+        smc.run()
+    smc.resume()
+    assert [len(one.steps) for one in smc.passes] == [5] * 4
+
+
+def test_saving_in_the_middle_is_refused() -> None:
+    chain = LinearGaussianChain(3, dim=1)
+    with pytest.raises(ValueError, match="save the fitted twist"):
+        TrustRegionTwist(chain, ShiftTwist(chain), 4).state_dict()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
