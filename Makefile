@@ -19,10 +19,10 @@ extras-docs := docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help align test lint type docs tutorials bench ci clean distclean
+.PHONY: help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 # The environment, once per set of extras and again when what is installed changes.
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
@@ -63,6 +63,18 @@ bench: $(VENV)/.installed-test  ## run the benchmarks, JSON into results/bench
 	@set -e; for script in tests/perf/bench_*.py; do name=$$(basename "$$script" .py); \
 	    $(BIN)/python -m "tests.perf.$$name" --out "results/bench/$$name.json" $(ARGS); \
 	done
+
+statespace: $(VENV)/.installed-test  ## log-likelihoods of state-space models, 15 minutes
+	@$(BIN)/python -m tests.perf.statespace --out docs/_static/benchmarks/statespace.json $(ARGS)
+
+amortisation: $(VENV)/.installed-test  ## a fitted twist used again, 2 minutes
+	@$(BIN)/python -m tests.perf.amortisation --out docs/_static/benchmarks/amortisation.json $(ARGS)
+
+compare: $(VENV)/.installed-test  ## TRI-TSMC, FK steering and best-of-N at equal cost
+	@$(BIN)/python -m tests.perf.compare $(ARGS)
+
+compare-full: $(VENV)/.installed-test  ## the same on all tasks, with more particles and ablations
+	@$(BIN)/python -m tests.perf.compare --full $(ARGS)
 
 ci:  ## everything that is checked before a merge
 	@.ci/run

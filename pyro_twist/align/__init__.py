@@ -14,7 +14,7 @@ This is what the command ``pyro-twist align`` runs, without the command line::
 """
 
 from pyro_twist.align.domains import Domain, Judgement, ZooImages, domains, find_domain
-from pyro_twist.align.job import AlignmentFailed, Progress, run
+from pyro_twist.align.job import AlignmentFailed, Progress, run, tilted_model
 from pyro_twist.align.methods import Method, Setting, default_methods, methods, register_method
 from pyro_twist.align.options import AlignOptions, OptionError
 from pyro_twist.align.outcome import Arm, Outcome, Score, Strength
@@ -40,5 +40,6 @@ __all__ = [
     "methods",
     "register_method",
     "run",
+    "tilted_model",
     "write_report",
 ]

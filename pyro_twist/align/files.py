@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from pyro_twist.align.learned import save_twist
 from pyro_twist.align.methods import find_methods
+from pyro_twist.align.options import word
 from pyro_twist.align.outcome import Arm, Outcome, versions
 
 __all__ = ["save_arm", "save_results"]
@@ -21,7 +23,8 @@ __all__ = ["save_arm", "save_results"]
 
 def save_arm(arm: Arm, outcome: Outcome) -> Path:
     """
-    Writes the samples of a method, their rewards and weights, to ``samples/<method>.npz``.
+    Writes the samples of a method, their rewards and weights, to ``samples/<method>.npz``, and the
+    twist that it has learned, if it has.
 
     Arrays are ``samples``, ``log_weights`` and ``weights`` and, for each reward, ``reward:<name>``,
     all of shape ``(num_particles, num_populations)`` with the sample's shape behind; ``about`` is
@@ -29,8 +32,9 @@ def save_arm(arm: Arm, outcome: Outcome) -> Path:
 
     A maximiser's particles are all there too, best first; the best has weight one.
 
-    :returns: The file.
+    :returns: The file of the samples.
     """
+    save_twist(arm, outcome)
     folder = outcome.options.out / "samples"
     folder.mkdir(exist_ok=True)
     about = {
@@ -64,10 +68,8 @@ def save_results(outcome: Outcome) -> Path:
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
-    from pyro_twist.align.options import _word
-
     options = {**asdict(outcome.options), "out": str(outcome.options.out)}
-    options["rewards"] = [_word(reward) for reward in outcome.options.rewards]
+    options["rewards"] = [word(reward) for reward in outcome.options.rewards]
     options["methods"] = [method.name for method in find_methods(outcome.options.methods)]
     return {
         "command": outcome.options.command(),
@@ -99,6 +101,7 @@ def _arm_as_dict(arm: Arm, outcome: Outcome) -> dict[str, Any]:
         "calls": dict(arm.counts),
         "seconds": round(arm.seconds, 3),
         "scores": scores,
+        "iterations": [asdict(one) for one in arm.iterations],
         "steps": _steps(arm),
     }
 

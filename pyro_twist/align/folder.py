@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pyro_twist.align.learned import KINDS
 from pyro_twist.align.options import OptionError
 
 __all__ = ["prepare_folder"]
@@ -63,9 +64,12 @@ def _own_results(folder: Path) -> dict[str, Any] | None:
 
 def _artefacts(folder: Path, found: dict[str, Any]) -> Iterator[Path]:
     """The files of that run, the mark that they are ours last."""
-    for name in ("report.html", "grid.png", "rewards.png", "results.json.part"):
+    own = ("report.html", "grid.png", "rewards.png", "twist.safetensors", "results.json.part")
+    for name in own:
         yield folder / name
     for method in map(str, found["options"]["methods"]):
-        yield folder / f"steps-{method}.png"
+        for kind in ("steps", *KINDS):
+            yield folder / f"{kind}-{method}.png"
+        yield folder / f"twist-{method}.safetensors"
         yield folder / "samples" / f"{method}.npz"
     yield folder / "results.json"

@@ -27,7 +27,7 @@ from pyro_twist.align.userrewards import make_rewards
 from pyro_twist.infer import RESAMPLING, ImportanceSampling, SMCFailed, SMCResult
 from pyro_twist.rewards import Reward, RewardTilted
 
-__all__ = ["AlignmentFailed", "Progress", "ScoredModel", "run"]
+__all__ = ["AlignmentFailed", "Progress", "ScoredModel", "run", "tilted_model"]
 
 # Samples that lambda is measured on. The first batch of each class is what the base arm draws by
 # default, which is then used; lambda depends neither on --seed nor on --particles.
@@ -114,6 +114,21 @@ def run(options: AlignOptions, *, progress: Progress | None = None, save: bool =
     return job.run()
 
 
+def tilted_model(options: AlignOptions) -> RewardTilted:
+    """
+    The model that the methods of a job sample, for runs of one's own, such as with a saved twist.
+
+    :param AlignOptions options: Of the job, with ``scales``; those of methods are not used.
+    :returns: The model, tilted by the rewards.
+    :raises OptionError: If an option cannot be, or there are no ``scales``.
+    """
+    if not options.scales:
+        raise OptionError("scales is empty; give lambda, one number or one for each reward")
+    job = _Job(options, Progress(), False)
+    job.outcome.strengths = job._strengths()
+    return ScoredModel(job.model, job.rewards, job._scales())
+
+
 class _Job:
     def __init__(self, options: AlignOptions, progress: Progress, save: bool) -> None:
         self.progress, self.save = progress, save
@@ -183,8 +198,14 @@ class _Job:
         stream = f"{self.options.seed}/{method.stream or method.name}"
         setting = self._setting(model, stream, self.options.particles)
         weighted = method.returns == "samples of the tilted law"
-        result = self._run(method.make(setting), setting, method.title, weighted)
-        arm = self._read(method, result)
+        engine, start = method.make(setting), time.perf_counter()
+        result = self._run(engine, setting, method.title, weighted)
+        arm = replace(
+            self._read(method, result),
+            seconds=time.perf_counter() - start,
+            twist=getattr(engine, "guide", None),
+            iterations=tuple(getattr(engine, "iterations", ())),
+        )
         scores = score_arm(arm, self.domain, self.outcome.labels, self.indices)
         return replace(arm, scores=tuple(scores))
 

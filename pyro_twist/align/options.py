@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["AlignOptions", "OptionError", "unknown"]
+__all__ = ["AlignOptions", "OptionError", "unknown", "word"]
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -125,7 +125,7 @@ class AlignOptions:
             if value != default or name == "rewards":
                 flag = "--" + _FLAGS[name]
                 values = value if isinstance(value, tuple) else (value,)
-                words += [word for one in values for word in (flag, _word(one))]
+                words += [text for one in values for text in (flag, word(one))]
         return shlex.join(words)
 
 
@@ -161,7 +161,13 @@ def _as_floats(name: str, values: Sequence[Any]) -> tuple[float, ...]:
         raise OptionError(f"--{name.rstrip('s')} needs numbers, got {told}") from None
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """
+    What to type on the command line for a value.
+
+    :param value: A number, a string, a path, or a function, for which the place it is imported from
+        is given.
+    """
     if isinstance(value, float):
         return repr(value)
     if callable(value):

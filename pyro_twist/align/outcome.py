@@ -109,6 +109,9 @@ class Arm:
     :param torch.Tensor log_weights: The log-weights, unnormalised; for a maximiser the logs of
         ``weights``.
     :param SMCResult result: The result itself, with the diagnostics.
+    :param float seconds: What the run took, learning included.
+    :param twist: The guide that it ran with at the end, if it has one.
+    :param tuple iterations: The :class:`~pyro_twist.infer.Iteration` of each time that it learned.
     :param tuple scores: A :class:`Score` for each population.
     """
 
@@ -119,6 +122,9 @@ class Arm:
     weights: Tensor
     log_weights: Tensor
     result: SMCResult
+    seconds: float = 0.0
+    twist: Any = None
+    iterations: tuple[Any, ...] = ()
     scores: tuple[Score, ...] = ()
 
     @property
@@ -146,9 +152,9 @@ class Arm:
         return self.result.counts
 
     @property
-    def seconds(self) -> float:
-        """Time spent in the steps."""
-        return self.result.seconds
+    def has_learned(self) -> bool:
+        """Whether the method has learned a twist on the way."""
+        return bool(self.iterations)
 
 
 @dataclass
@@ -198,6 +204,11 @@ class Outcome:
         """What to write above a class; nothing if none was asked for."""
         label = self.labels[population]
         return f"class {label}" if label.isdigit() else label
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The twists that were learned, by method."""
+        return {arm.method.name: arm.twist for arm in self.arms if arm.has_learned}
 
     @property
     def reward_names(self) -> tuple[str, ...]:

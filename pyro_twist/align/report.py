@@ -15,11 +15,13 @@ import torch
 
 from pyro_twist.align.files import save_results
 from pyro_twist.align.folder import prepare_folder
+from pyro_twist.align.learned import learned_pictures, learned_section
 from pyro_twist.align.outcome import Arm, Outcome, Strength, versions
 from pyro_twist.align.table import CALLS, columns, number, remarks, summary_rows, table_rows
-from pyro_twist.infer import get_resampling
+from pyro_twist.infer import SMCResult, get_resampling
 from pyro_twist.infer.weights import effective_sample_size
 from pyro_twist.viz import (
+    Code,
     Figure,
     Page,
     PictureRow,
@@ -76,6 +78,8 @@ def _pictures(outcome: Outcome) -> dict[str, Figure]:
                 pictures[f"steps-{arm.method.name}"] = _steps_figure(arm)
     except ImportError:
         pass
+    for arm in outcome.arms:
+        pictures |= learned_pictures(arm, outcome) if arm.has_learned else {}
     return pictures
 
 
@@ -91,9 +95,21 @@ def _rewards_caption(outcome: Outcome) -> str:
 def _steps_figure(arm: Arm) -> Figure:
     from pyro_twist.infer.plots import plot_diagnostics
 
-    plot = plot_diagnostics(arm.result)
-    plot.suptitle(f"{arm.method.title} ({arm.method.name})", fontsize="medium", x=0.01, ha="left")
+    last, passes = _last_pass(arm)
+    plot = plot_diagnostics(last)
+    which = f", the last of {passes} passes" if passes > 1 else ""
+    title = f"{arm.method.title} ({arm.method.name}){which}"
+    plot.suptitle(title, fontsize="medium", x=0.01, ha="left")
     return Figure(png_bytes(plot), alt=f"Diagnostics of {arm.method.name}")
+
+
+def _last_pass(arm: Arm) -> tuple[SMCResult, int]:
+    """The diagnostics of pooled passes are those of the last."""
+    diagnostics, size = arm.result.diagnostics, arm.result.num_particles
+    if diagnostics is not None and diagnostics.ancestors is not None:
+        size = diagnostics.ancestors.shape[1]
+    last = replace(arm.result, log_weights=arm.result.log_weights[-size:])
+    return last, arm.result.num_particles // size
 
 
 # the grid
@@ -190,6 +206,7 @@ def _page(outcome: Outcome, pictures: dict[str, Figure]) -> Page:
         *([Section("In numbers", list(_tables(outcome)))] if outcome.arms else []),
         *([Section("Samples", [pictures["grid"]])] if "grid" in pictures else []),
         *([Section("Class by class", list(_class_tables(outcome)))] if outcome.arms else []),
+        *(learned_section(arm, outcome, pictures) for arm in outcome.arms if arm.has_learned),
         Section("How strong the tilt is", list(strength_sentences(outcome))),
         *([Section("Rewards found", [pictures["rewards"]])] if "rewards" in pictures else []),
         Section("What each method returns", [_methods_table(outcome)]),
@@ -251,8 +268,10 @@ def _class_tables(outcome: Outcome) -> Iterator[str | Table]:
         yield Table(headings, table_rows(outcome, p))
 
 
-def _greek(part: str | Table | Figure) -> Any:
-    """Writes lambda as a letter, except in the names of functions."""
+def _greek(part: str | Code | Table | Figure) -> Any:
+    """Writes lambda as a letter, except in code and in the names of functions."""
+    if isinstance(part, Code):
+        return part
     if isinstance(part, str):
         return re.sub(r"(?<![<\w])lambda(?![>\w])", "λ", part)
     if isinstance(part, Figure):

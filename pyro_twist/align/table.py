@@ -153,7 +153,7 @@ CALLS = {
     "classifier-free guidance counts once.",
     "reward calls": "Samples that were scored, the look-aheads of the samplers included; copies "
     "in one batch are scored once.",
-    "seconds": "Time of the run, loading not included.",
+    "seconds": "Time of the run, learning included, loading not.",
 }
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyro_twist.infer.result import Diagnostics, SMCResult
+    from pyro_twist.infer.trustregiontwist import Iteration
 
-__all__ = ["plot_diagnostics", "plot_ess", "plot_genealogy", "plot_increments"]
+__all__ = [
+    "plot_diagnostics",
+    "plot_ess",
+    "plot_genealogy",
+    "plot_increments",
+    "plot_iterations",
+]
 
 INK, SOFT, ACCENT = "#1f2933", "#9aa5b1", "#d1495b"
 
@@ -133,3 +141,56 @@ def _edges(
     breaks = np.full(starts.shape, np.nan)
     x = np.stack([steps, steps + 1, breaks], -1)
     return x.reshape(-1), np.stack([starts, ends, breaks], -1).reshape(-1)
+
+
+def plot_iterations(
+    iterations: Sequence[Iteration], *, log_normalizers: Sequence[float] | None = None
+) -> Figure:
+    """
+    What learning a twist did: the way to the target, effective sample sizes, and log Z by pass.
+
+    :param list iterations: The iterations of a :class:`~pyro_twist.infer.TrustRegionTwist`.
+    :param list log_normalizers: The log-normaliser of every pass, those after the last iteration
+        included; by default those that the iterations know.
+    :returns: The figure.
+    :raises ImportError: If matplotlib is not installed.
+    :raises ValueError: If there is no iteration yet.
+    """
+    if not iterations:
+        raise ValueError("there is no iteration to plot; call fit or run with num_iterations > 0")
+    known = [one.log_normalizer for one in iterations]
+    log_z = known if log_normalizers is None else list(log_normalizers)
+    figure, axes = _new_figure(3)
+    _plot_way(iterations, axes[0])
+    _plot_shares(iterations, axes[1])
+    _plot_log_z(log_z, axes[2])
+    axes[-1].set_xlabel("pass")
+    axes[-1].set_xticks(np.arange(1, max(len(log_z), len(iterations)) + 1))
+    return figure
+
+
+def _plot_way(iterations: Sequence[Iteration], axis: Axes) -> None:
+    """How far along the way, the tempering exponent, and the accepted share of each fit."""
+    passes = np.arange(1, len(iterations) + 1)
+    axis.bar(passes, [one.step for one in iterations], color=SOFT, width=0.5, label="accepted step")
+    axis.plot(passes, [one.tau for one in iterations], "o--", color=INK, label="tau")
+    axis.plot(passes, [one.eta for one in iterations], "o-", color=ACCENT, label="eta")
+    axis.set(ylim=(0, 1.08), ylabel="share of\nthe way")
+    _legend_beside(axis)
+
+
+def _plot_shares(iterations: Sequence[Iteration], axis: Axes) -> None:
+    passes = np.arange(1, len(iterations) + 1)
+    axis.plot(passes, [one.ess for one in iterations], "o--", color=INK, label="particles")
+    axis.plot(passes, [one.path_ess for one in iterations], "o-", color=ACCENT, label="whole paths")
+    axis.set(ylim=(0, 1.08), ylabel="effective\nshare of")
+    _legend_beside(axis)
+
+
+def _plot_log_z(log_z: Sequence[float], axis: Axes) -> None:
+    axis.plot(np.arange(1, len(log_z) + 1), log_z, "o-", color=INK)
+    axis.set_ylabel("log Z\nof the pass")
+
+
+def _legend_beside(axis: Axes) -> None:
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")

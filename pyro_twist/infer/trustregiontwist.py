@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from pyro import poutine
@@ -17,15 +18,37 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyro_twist.infer import weights
 from pyro_twist.infer.increments import Increment, sample_sites
+from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.result import SMCResult
 from pyro_twist.infer.trustregion import Tempering, temper
 from pyro_twist.infer.twistedsmc import TwistedSMC
-from pyro_twist.twists.learned import fit_likelihood, learned_parts
+from pyro_twist.twists.learned import (
+    LinearTwist,
+    add_pass,
+    entries_read,
+    fit_likelihood,
+    learned_parts,
+    linear_part,
+    log_likelihood,
+    step_statistics,
+    trained_parts,
+)
 from pyro_twist.twists.paths import Pass, Paths, PathStep
+from pyro_twist.twists.statistics import PathSums, Quadratic, WeightedSums
 
-__all__ = ["Iteration", "TrustRegionTwist", "default_twist"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Iteration", "Recording", "TrustRegionTwist", "default_twist"]
+
+Recording = Literal["paths", "statistics"]
 
 _STEPS = (1.0, 0.5, 0.25, 0.1)
+
+# weighted paths, or their sums, for a fold (None is all of them) or all but that fold
+_Evidence = Callable[[int | None, bool], Sequence[Paths | Quadratic]]
+# by pass, weights of its final paths towards a law, and back to the law they were drawn from
+_Weights = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 def default_twist(model: Any) -> Any:
@@ -33,15 +56,22 @@ def default_twist(model: Any) -> Any:
     The twist that :class:`TrustRegionTwist` learns if it is given none.
 
     For diffusion models with a terminal potential a calibrated look-ahead and a surrogate
-    direction; for other models a diagonal quadratic twist.
+    direction; for other models a quadratic twist, learnt backwards in time up to 16 dimensions.
 
     :param model: A model with ``timesteps``.
     :returns: A twist that is, at the start, plain look-ahead or identically one.
     """
-    from pyro_twist.twists import CalibratedLookahead, QuadraticTwist, SurrogateTwist
+    from pyro_twist.twists import (
+        BackwardTwist,
+        CalibratedLookahead,
+        QuadraticTwist,
+        SurrogateTwist,
+    )
 
     if hasattr(model, "schedule") and hasattr(model, "terminal"):
         return CalibratedLookahead(model) + SurrogateTwist(model)
+    if len(model.event_shape) < 2 and torch.Size(model.event_shape).numel() <= 16:
+        return BackwardTwist(model)
     return QuadraticTwist(model)
 
 
@@ -102,7 +132,29 @@ class TrustRegionTwist(TwistedSMC):
     :param bool guard: Whether to accept parameters on held-out paths only.
     :param float stop_ess: Stop fitting (not sampling) once the trust region is inactive and the
         path weights' effective sample size is above this share.
+    :param str record: What is kept of a pass until it is fitted. ``"paths"`` is every step, for
+        any twist. ``"statistics"`` is a few sums along each path, for a twist with one
+        :class:`~pyro_twist.twists.LinearTwist` to fit whose features stay the same; the fit is
+        the same.
+    :param record_device: The device to keep recorded passes on, such as ``"cpu"``; by default
+        they stay where they were drawn. Fits take the likelihood step by step on the device of
+        the particles; what a twist's ``observe`` does is done where the passes are.
     :param options: Further options of :class:`TwistedSMC`.
+    :raises ValueError: If an argument is out of range, or ``guide`` has no part to learn, or not
+        what ``record`` asks for.
+
+    **Memory**
+
+    With :math:`N` particles (times populations), :math:`T` steps and values of :math:`D` entries of
+    :math:`b` bytes each, a pass that is kept takes about
+
+    - ``"paths"``: :math:`N T D b (2 + q + r)` bytes, for the value, the kernel's mean, the
+      proposal's (:math:`q = 1` where the twist tilts), and :math:`r` entries of the state that
+      fits read: those that the twist's ``reads`` names, all where it does not say;
+    - ``"statistics"``: :math:`8 B (2 N K + N' K^2)` bytes, for :math:`K` parameters in each of
+      :math:`B` blocks, where :math:`N' = 1` if features and scale of the kernel are the same for
+      all particles, and :math:`N` otherwise; briefly twice that while resampling. The number of
+      steps is in it only where every step has a block of its own.
 
     **References**
 
@@ -123,16 +175,23 @@ class TrustRegionTwist(TwistedSMC):
         reuse: bool = True,
         guard: bool = True,
         stop_ess: float = 0.95,
+        record: Recording = "paths",
+        record_device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
         guide = default_twist(model) if guide is None else guide
         _check_options(guide, num_iterations, kl_budget, centring)
+        _check_record(guide, record)
         if options.get("history") == "off":
             raise ValueError("history='off': fitting needs the ancestors; leave history out")
         self.num_iterations = num_iterations
         self.kl_budget = kl_budget or max(0.25 * math.log(num_particles), 0.1)
         self.centring, self.reuse, self.guard = centring, reuse, guard
         self.stop_ess = stop_ess
+        self.record: Recording = record
+        self.record_device = record_device
+        self._reads = entries_read(guide)
+        self._part = linear_part(guide) if record == "statistics" else None
         self.passes: list[Pass] = []
         self.iterations: list[Iteration] = []
         self._results: list[SMCResult] = []
@@ -197,16 +256,17 @@ class TrustRegionTwist(TwistedSMC):
             self.update()
 
     def _keep_pass(self, result: SMCResult) -> None:
-        self.passes.append(
-            Pass(
-                steps=self._steps,
-                ancestors=[a if a is None else a.long() for a in self._record.ancestors],
-                log_path=self._memory["log_path"],
-                log_base=self._memory["log_base"],
-                log_terminal=self._memory["log_terminal"],
-                state=dict(self.state),
-            )
+        one = Pass(
+            steps=self._steps,
+            ancestors=[a if a is None else a.long() for a in self._record.ancestors],
+            log_path=self._memory["log_path"],
+            log_base=self._memory["log_base"],
+            log_terminal=self._memory["log_terminal"],
+            state=dict(self.state),
+            statistics=None if self._sums is None else self._sums.statistics(),
+            ess=None if result.diagnostics is None else result.diagnostics.ess,
         )
+        self.passes.append(one.kept(self.record_device))
         self._open = False
         self._results.append(result)
         self._etas.append(self.iterations[-1].eta if self.iterations else 0.0)
@@ -228,11 +288,15 @@ class TrustRegionTwist(TwistedSMC):
     def _reset(self) -> None:
         super()._reset()
         self._steps = []
+        self._sums: PathSums | None = None
 
     def _allocate(self, trace: poutine.Trace) -> None:
         super()._allocate(trace)
         for key in ("log_path", "log_base", "log_terminal"):
             self._memory[key] = torch.zeros_like(self.state._log_weights)
+        if self._part is not None:
+            shape, parameters = self._reducer.shape, tuple(self._part.theta.shape)
+            self._sums = PathSums.empty(shape, parameters, self._reducer.device)
 
     def _observe(
         self, trace: poutine.Trace, before: dict[Any, Any], args: Any, kwargs: Any
@@ -240,7 +304,8 @@ class TrustRegionTwist(TwistedSMC):
         super()._observe(trace, before, args, kwargs)
         self._observed = {name for name, site in sample_sites(trace) if site["is_observed"]}
         sites = [(n, s) for n, s in sample_sites(trace) if not s["is_observed"]]
-        self._pending = [
+        populations = self.state._log_weights.dim() > 1
+        steps = [
             PathStep(
                 name=name,
                 args=args,
@@ -250,9 +315,16 @@ class TrustRegionTwist(TwistedSMC):
                 posterior=site["fn"],
                 value=site["value"],
                 stepping=self._num_steps >= 0,
+                population_axis=self.state.population_axis if populations else None,
             )
             for name, site in sites
         ]
+        if self._sums is not None and self._part is not None:
+            for step in steps:
+                found = step_statistics(self.guide, self._part, step)
+                self._sums = self._sums if found is None else self._sums + found
+        else:
+            self._pending = [step.kept(self._reads, self.record_device) for step in steps]
 
     def _reweight(
         self, increments: list[Increment], log_twist: Any, method: str, args: Any
@@ -263,18 +335,34 @@ class TrustRegionTwist(TwistedSMC):
         terminal = sum((i.value for i in increments if i.name in self._observed), start=zero)
         self._memory["log_path"] = self._memory["log_path"] + path
         self._memory["log_terminal"] = self._memory["log_terminal"] + terminal
+        if self.record == "paths":
+            kept = terminal if self.record_device is None else terminal.to(self.record_device)
+            self._pending = [replace(step, emitted=kept) for step in self._pending]
         return returned
 
     def _move(self, method: str, args: Any, kwargs: Any, *, resample: bool = True) -> None:
         super()._move(method, args, kwargs, resample=resample)
         # only now: a step that fails is taken again
-        self._steps.append(self._pending)
+        if self.record == "paths":
+            self._steps.append(self._pending)
 
     def _resample(self, index: torch.Tensor, chosen: torch.Tensor) -> None:
         # offspring number N p_a on average, so each stands for 1 / (N p_a) of its ancestor's law
         offspring = self.state._log_weights + math.log(self.num_particles)
         self._memory["log_base"] = self._memory["log_base"] - torch.where(chosen, offspring, 0.0)
         super()._resample(index, chosen)
+        if self._sums is not None:
+            self._sums = self._sums.take(lambda value: take_ancestors(value, index))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        sums = self._sums
+        try:
+            with super()._transaction():
+                yield
+        except BaseException:
+            self._sums = sums
+            raise
 
     # fitting
 
@@ -296,8 +384,10 @@ class TrustRegionTwist(TwistedSMC):
             part.observe(self.passes)
         step = self._fit(ahead)
         self.iterations.append(self._report_iteration(columns, here, tau, step))
+        # after resampling, paths may be alike because they share ancestors
+        resampled = any(index is not None for index in self.passes[-1].ancestors)
         path_ess = self.iterations[-1].path_ess
-        self._stopped = tau == 1.0 and path_ess > self.stop_ess
+        self._stopped = tau == 1.0 and path_ess > self.stop_ess and not resampled
         return self.iterations[-1]
 
     def _report_iteration(
@@ -324,45 +414,73 @@ class TrustRegionTwist(TwistedSMC):
         if not parameters:
             return 1.0
         old = parameters_to_vector(parameters).detach().clone()
-        step = self._accepted(ahead, parameters, old) if self.guard else 1.0
+        evidence = self._evidence(ahead)
+        step = self._accepted(evidence, parameters, old) if self.guard else 1.0
         if step:
-            _fitted(self.guide, parameters, old, self._batches(ahead))
+            _fitted(self.guide, parameters, old, evidence(None, True))
             new = parameters_to_vector(parameters).detach().clone()
             _assign(self.guide, parameters, old + step * (new - old))
         return step
 
-    def _accepted(self, ahead: float, parameters: Any, old: torch.Tensor) -> float:
+    def _accepted(self, evidence: _Evidence, parameters: Any, old: torch.Tensor) -> float:
         """The step that raises the likelihood of held-out paths most; 0 if none does."""
         gains = dict.fromkeys(_STEPS, 0.0)
-        for fold in range(min(4, self.num_particles)):
-            training = self._batches(ahead, fold, keep=False)
-            held_out = self._batches(ahead, fold, keep=True)
+        for fold in self._folds():
+            held_out = evidence(fold, True)
             _assign(self.guide, parameters, old)
-            with torch.no_grad():
-                before = _likelihood(self.guide, held_out)
-            _fitted(self.guide, parameters, old, training)
+            before = log_likelihood(self.guide, held_out)
+            _fitted(self.guide, parameters, old, evidence(fold, False))
             new = parameters_to_vector(parameters).detach().clone()
             for step in _STEPS:
                 _assign(self.guide, parameters, old + step * (new - old))
-                with torch.no_grad():
-                    gains[step] += _likelihood(self.guide, held_out) - before
+                gains[step] += log_likelihood(self.guide, held_out) - before
         _assign(self.guide, parameters, old)
         best = max(_STEPS, key=gains.__getitem__)
         return best if gains[best] > 0 else 0.0
 
+    def _folds(self) -> range:
+        return range(min(4, self.num_particles))
+
+    def _evidence(self, ahead: float) -> _Evidence:
+        """Paths weighted towards the law ``ahead``, or what a linear fit needs of them."""
+        part = linear_part(self.guide)
+        if part is None:
+            return lambda fold, keep: self._batches(ahead, fold, keep=keep)
+        sets: list[tuple[int | None, bool]] = [(None, True)]
+        if self.guard:
+            sets += [(fold, keep) for fold in self._folds() for keep in (True, False)]
+        sums = self._weighted_sums(part, [self._weights(ahead, *one) for one in sets])
+        return lambda fold, keep: [sums[sets.index((fold, keep))]]
+
+    def _weighted_sums(self, part: LinearTwist, sets: Sequence[_Weights]) -> WeightedSums:
+        """The sums over the paths of all passes, for several sets of weights at once."""
+        sums = WeightedSums(len(sets), part.theta)
+        for k in sets[0]:
+            towards = torch.stack([one[k][0] for one in sets])
+            base = self._centring_of(k) * torch.stack([one[k][1] for one in sets])
+            add_pass(sums, self.guide, part, self.passes[k], towards, base)
+        return sums
+
     def _batches(self, ahead: float, fold: int | None = None, *, keep: bool = True) -> list[Paths]:
         """Paths weighted towards the law ``ahead``: all, those of a fold, or all but those."""
+        return [
+            self.passes[k].paths(towards, base, self._centring_of(k))
+            for k, (towards, base) in self._weights(ahead, fold, keep).items()
+        ]
+
+    def _weights(self, ahead: float, fold: int | None, keep: bool) -> _Weights:
+        """Weights of final paths towards the law ``ahead`` and back, by pass."""
         latest = len(self.passes) - 1
-        chosen = range(len(self.passes)) if self.reuse else [latest]
-        batches = []
-        for k in chosen:
-            here = self._etas[k]
+        found = {}
+        for k in range(0 if self.reuse else latest, latest + 1):
+            here, one = self._etas[k], self.passes[k]
             tau = (ahead - here) / (1 - here) if here < 1 else 1.0
-            chosen_paths = _in_fold(self.passes[k].log_base, fold, keep)
-            batches.append(_weighted(self.passes[k], tau, chosen_paths, self._centring_of(k)))
-        total = max(sum(size for _, size in batches), 1e-300)
-        shares = [size / total for _, size in batches]
-        return [_scaled(paths, share) for (paths, _), share in zip(batches, shares)]
+            found[k] = _weighted(one, tau, _in_fold(one.log_base, fold, keep))
+        total = max(sum(size for *_, size in found.values()), 1e-300)
+        return {
+            k: (size / total * towards, size / total * base)
+            for k, (towards, base, size) in found.items()
+        }
 
     def _centring_of(self, k: int) -> float:
         one = self.passes[k]
@@ -387,6 +505,17 @@ class TrustRegionTwist(TwistedSMC):
             "TrustRegionTwist cannot be saved in the middle of a pass; save the fitted twist "
             "with guide.save(path) and run it with TwistedSMC, which can"
         )
+
+    def plot(self) -> Figure:
+        """
+        Draws the iterations: tempering, effective sample sizes, estimates and accepted steps.
+
+        :returns: A matplotlib figure.
+        """
+        from pyro_twist.infer.plots import plot_iterations
+
+        log_normalizers = [float(one.log_normalizer.mean()) for one in self._results]
+        return plot_iterations(self.iterations, log_normalizers=log_normalizers)
 
     def table(self) -> str:
         """The iterations as a table of text, one line each."""
@@ -444,6 +573,26 @@ def _check_options(guide: Any, num_iterations: int, kl_budget: Any, centring: An
         raise ValueError(f"centring={centring!r}; give 'ess' or a number from 0 to 1")
 
 
+def _check_record(guide: Any, record: str) -> None:
+    if record not in get_args(Recording):
+        raise ValueError(f"record={record!r}; choose one of {get_args(Recording)}")
+    if record == "paths":
+        return
+    for part in learned_parts(guide):
+        if part.needs_paths:
+            raise ValueError(
+                f"record='statistics' keeps no paths, but {type(part).__name__} learns from them; "
+                "use record='paths', or a LinearTwist whose features stay the same"
+            )
+    trained = [type(part).__name__ for part in trained_parts(guide)]
+    if len(trained) != 1:
+        raise ValueError(
+            f"record='statistics' fits one LinearTwist, but the guide has {len(trained)} with "
+            f"parameters to fit ({', '.join(trained) or 'none'}). Use record='paths', or one "
+            "LinearTwist with all features."
+        )
+
+
 def _temper_columns(one: Pass, kl_budget: float) -> list[Tempering]:
     """The trust-region step of every population."""
     size = one.log_path.shape[0]
@@ -460,8 +609,10 @@ def _in_fold(like: torch.Tensor, fold: int | None, keep: bool) -> torch.Tensor:
     return inside.reshape((-1,) + (1,) * (like.dim() - 1)).expand(like.shape)
 
 
-def _weighted(one: Pass, tau: float, chosen: torch.Tensor, centring: float) -> tuple[Paths, float]:
-    """The chosen final paths of a pass tempered by ``tau``, and their effective size."""
+def _weighted(
+    one: Pass, tau: float, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Weights of the chosen final paths tempered by ``tau``, and back; their effective size."""
     alive = torch.isfinite(one.log_path)
     log_path = torch.where(alive, one.log_path, 0.0)
     log_base = torch.where(alive & chosen, one.log_base, -math.inf)
@@ -471,19 +622,7 @@ def _weighted(one: Pass, tau: float, chosen: torch.Tensor, centring: float) -> t
     share = torch.where(empty, 0.0, 1.0) / empty.numel()
     normal = torch.where(empty, -math.inf, towards - weights.log_sum_exp(towards)).exp() * share
     base = torch.where(empty, -math.inf, log_base - weights.log_sum_exp(log_base)).exp() * share
-    return one.paths(normal, base, centring), float(ess.mean())
-
-
-def _scaled(paths: Paths, share: float) -> Paths:
-    steps = []
-    for step in paths:
-        assert step.weights is not None and step.base is not None
-        steps.append(replace(step, weights=share * step.weights, base=share * step.base))
-    return replace(paths, steps=tuple(steps))
-
-
-def _likelihood(twist: Any, batches: Sequence[Paths]) -> float:
-    return float(sum(paths.log_likelihood(twist) for paths in batches))
+    return normal, base, float(ess.mean())
 
 
 def _assign(twist: Any, parameters: Any, vector: torch.Tensor) -> None:
@@ -493,6 +632,8 @@ def _assign(twist: Any, parameters: Any, vector: torch.Tensor) -> None:
             part.constrain()
 
 
-def _fitted(twist: Any, parameters: Any, start: torch.Tensor, batches: Sequence[Paths]) -> None:
+def _fitted(
+    twist: Any, parameters: Any, start: torch.Tensor, batches: Sequence[Paths | Quadratic]
+) -> None:
     vector_to_parameters(start, parameters)
     fit_likelihood(twist, batches)

@@ -3,17 +3,20 @@
 
 """Guides that look ahead, and the tilting of distributions they are made of."""
 
+from pyro_twist.twists.backward import BackwardTwist
 from pyro_twist.twists.families import NeuralTwist, QuadraticTwist, ShiftTwist, low_frequencies
 from pyro_twist.twists.ladder import CalibratedLookahead
 from pyro_twist.twists.learned import LearnedTwist, LinearTwist, fit_likelihood, learned_parts
 from pyro_twist.twists.lookahead import LookaheadTwist
 from pyro_twist.twists.paths import Pass, Paths, PathStep
 from pyro_twist.twists.regression import KernelRidge
+from pyro_twist.twists.statistics import Quadratic, Statistics
 from pyro_twist.twists.surrogate import SurrogateTwist
 from pyro_twist.twists.tilting import log_normalizer, log_ratio, register_tilt, tilt
 from pyro_twist.twists.twist import SumTwist, Twist, Twisted
 
 __all__ = [
+    "BackwardTwist",
     "CalibratedLookahead",
     "KernelRidge",
     "LearnedTwist",
@@ -23,8 +26,10 @@ __all__ = [
     "Pass",
     "PathStep",
     "Paths",
+    "Quadratic",
     "QuadraticTwist",
     "ShiftTwist",
+    "Statistics",
     "SumTwist",
     "SurrogateTwist",
     "Twist",

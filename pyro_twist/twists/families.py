@@ -54,6 +54,7 @@ class ShiftTwist(LinearTwist):
     :param float ridge: See :class:`~pyro_twist.twists.LinearTwist`.
     """
 
+    reads = ()
     basis: torch.Tensor
 
     def __init__(
@@ -111,6 +112,8 @@ class QuadraticTwist(LearnedTwist):
     :param float ridge: Penalty on ``b`` and ``A``, in units of the kernel's precision.
     """
 
+    reads = ()
+
     def __init__(
         self,
         model: Any,
@@ -166,6 +169,8 @@ class NeuralTwist(LearnedTwist):
     :param float weight_decay: The penalty on the weights.
     :param str key: The entry of the state that holds the value.
     """
+
+    reads = ()
 
     def __init__(
         self, model: Any, *, hidden: int = 32, weight_decay: float = 1e-2, key: str = "x"

@@ -12,17 +12,32 @@ parameters: it asks for the features, and the fit is one linear solve.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyro_twist.twists.paths import Pass, Paths, PathStep
+from pyro_twist.twists.statistics import (
+    Quadratic,
+    Statistics,
+    WeightedSums,
+    linear_statistics,
+)
 from pyro_twist.twists.tilting import tilt
 from pyro_twist.twists.twist import SumTwist, Twist
 
-__all__ = ["LearnedTwist", "LinearTwist", "fit_likelihood", "learned_parts"]
+__all__ = [
+    "LearnedTwist",
+    "LinearTwist",
+    "add_pass",
+    "entries_read",
+    "fit_likelihood",
+    "learned_parts",
+    "linear_part",
+    "log_likelihood",
+    "trained_parts",
+]
 
 
 class LearnedTwist(Twist):
@@ -47,6 +62,16 @@ class LearnedTwist(Twist):
     :param model: The model that the twist looks ahead in.
     """
 
+    #: The entries of recorded states that fits read, in ``get_posterior``, ``features`` and
+    #: ``observe``; all of them if ``None``. Others are not kept. It does not hold for derived
+    #: classes that override one of these and do not say it again.
+    reads: tuple[str, ...] | None = None
+
+    @property
+    def needs_paths(self) -> bool:
+        """Whether a fit reads the recorded steps, so that statistics of paths are not enough."""
+        return True
+
     def observe(self, passes: Sequence[Pass]) -> None:
         """
         Learns from finished passes what is not learnt by likelihood; called before each fit.
@@ -63,28 +88,6 @@ class LearnedTwist(Twist):
     def constrain(self) -> None:
         """Puts the parameters back into their range after a fit."""
 
-    def save(self, path: str | Path) -> None:
-        """
-        Writes parameters and buffers.
-
-        :param path: A ``.safetensors`` file.
-        """
-        from safetensors.torch import save_file
-
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, path)
-
-    def load(self, path: str | Path) -> LearnedTwist:
-        """
-        Reads what :meth:`save` wrote, into a twist made with the same arguments.
-
-        :param path: A ``.safetensors`` file.
-        :returns: The twist itself.
-        """
-        from safetensors.torch import load_file
-
-        self.load_state_dict(load_file(path))
-        return self
-
 
 class LinearTwist(LearnedTwist):
     """
@@ -92,6 +95,10 @@ class LinearTwist(LearnedTwist):
 
     A derived class overrides :meth:`features` and, where different steps have parameters of their
     own, :meth:`block`. Sites must be normally distributed.
+
+    The likelihood of a path depends on a few sums over its steps (:meth:`statistics`), and is a
+    quadratic of the parameters. Fits compute the sums once; where features stay the same from pass
+    to pass, they may be kept instead of paths.
 
     :param model: The model that the twist looks ahead in.
     :param int num_parameters: The number of parameters in a block, all zero at the start.
@@ -125,6 +132,15 @@ class LinearTwist(LearnedTwist):
         """The index of the block of parameters at the step in ``self.args_kwargs``."""
         return 0
 
+    @property
+    def needs_paths(self) -> bool:
+        """Whether :meth:`observe` or the proposal are more than those of this class."""
+        kind = type(self)
+        return kind.observe is not LearnedTwist.observe or not self._is_linear()
+
+    def _is_linear(self) -> bool:
+        return type(self).get_posterior is LinearTwist.get_posterior
+
     def get_posterior(self, name: str, prior: Any) -> Any:
         """The prior, tilted by the weighted sum of the features."""
         theta = self.theta[self.block()]
@@ -135,54 +151,61 @@ class LinearTwist(LearnedTwist):
             return prior
         return tilt(prior, torch.tensordot(theta.to(features.dtype), features, dims=1))
 
-    def solve(self, batches: Sequence[Paths]) -> torch.Tensor:
+    @torch.no_grad()
+    def statistics(self, step: PathStep, kernel: Any = None) -> Statistics | None:
+        """
+        What a step says about the parameters.
+
+        :param PathStep step: A step, weighted or not.
+        :param kernel: What is tilted, if that is not the model's distribution: the proposal of
+            the other parts of a sum.
+        :returns: The statistics of each particle; ``None`` where the twist leaves the site alone.
+        :rtype: Statistics
+        """
+        kernel = step.prior if kernel is None else kernel
+        if not is_normal(kernel):
+            return None
+        self.args_kwargs, self.stepping = ((step.state, *step.args), step.kwargs), step.stepping
+        try:
+            features, block = self.features(step.name, step.prior), self.block()
+        finally:
+            del self.args_kwargs
+        if features is None:
+            return None
+        proposal = _normal(kernel) if step.posterior is kernel else _normal(step.posterior)
+        axis = step.population_axis
+        return linear_statistics(features, step.value, _normal(kernel), proposal, axis, block)
+
+    def solve(self, batches: Sequence[Quadratic]) -> torch.Tensor:
         """
         The parameters of highest weighted likelihood, in closed form.
 
-        :param list batches: Weighted paths.
+        :param list batches: Weighted sums of statistics.
         :returns: Of shape ``(num_blocks, num_parameters)``.
         :rtype: torch.Tensor
         """
         blocks, size = self.theta.shape
-        information = self.ridge * torch.eye(size, dtype=torch.float64).repeat(blocks, 1, 1)
-        score = self.ridge * self.prior_mean.double().clone()
-        for paths in batches:
-            for step in paths:
-                self._add_terms(step, paths.centring, information, score)
+        eye = torch.eye(size, dtype=torch.float64, device=self.theta.device)
+        information = self.ridge * eye.repeat(blocks, 1, 1)
+        score = self.ridge * self.prior_mean.double()
+        for one in batches:
+            information += one.information
+            score += one.score - one.noise
         return torch.linalg.lstsq(information, score[..., None]).solution[..., 0]
 
-    def _add_terms(
-        self, step: PathStep, centring: float, information: torch.Tensor, score: torch.Tensor
-    ) -> None:
-        """Adds the weighted information and score of one step to those of its block."""
-        self.args_kwargs, self.stepping = ((step.state, *step.args), step.kwargs), step.stepping
-        features = self.features(step.name, step.prior)
-        if features is None or not is_normal(step.prior):
-            return
-        assert step.weights is not None and step.base is not None
-        loc, scale = loc_scale(step.prior)
-        rows = (step.weights.numel(), -1)
-        flat = features.double().expand(features.shape[:1] + loc.shape)
-        flat = flat.reshape(features.shape[0], *rows)
-        variance = scale.double().square().expand(loc.shape).reshape(rows)
-        moved = (step.value.double() - loc.double()).reshape(rows)
-        noise = (step.value.double() - loc_scale(step.posterior)[0].double()).reshape(rows)
-        weights, base = step.weights.reshape(-1, 1), step.base.reshape(-1, 1)
-        block = self.block()
-        spread = (flat * (variance * weights)).reshape(len(flat), -1)
-        information[block] += spread @ flat.reshape(len(flat), -1).T
-        score[block] += (flat * (weights * moved - centring * base * noise)).sum((1, 2))
+
+def _normal(prior: Any) -> Any:
+    return prior.base_dist if isinstance(prior, torch.distributions.Independent) else prior
 
 
 def is_normal(prior: Any) -> bool:
     """Whether a distribution is normal, independent over its event dims."""
-    base = prior.base_dist if isinstance(prior, torch.distributions.Independent) else prior
-    return isinstance(base, torch.distributions.Normal)
+    return isinstance(_normal(prior), torch.distributions.Normal)
 
 
 def loc_scale(prior: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of a normal distribution."""
-    base = prior.base_dist if isinstance(prior, torch.distributions.Independent) else prior
+    base = _normal(prior)
     return base.loc, base.scale
 
 
@@ -193,7 +216,119 @@ def learned_parts(twist: Any) -> list[LearnedTwist]:
     return [twist] if isinstance(twist, LearnedTwist) else []
 
 
-def fit_likelihood(twist: Any, batches: Sequence[Paths], *, max_iterations: int = 60) -> None:
+def trained_parts(twist: Any) -> list[LearnedTwist]:
+    """Those learned parts that have parameters to fit."""
+    parts = learned_parts(twist)
+    return [part for part in parts if any(p.requires_grad for p in part.parameters())]
+
+
+def linear_part(twist: Any) -> LinearTwist | None:
+    """The linear part of a twist that has no other part to fit; ``None`` if there is none."""
+    trained = trained_parts(twist)
+    if len(trained) == 1 and isinstance(trained[0], LinearTwist) and trained[0]._is_linear():
+        return trained[0]
+    return None
+
+
+def entries_read(twist: Any) -> tuple[str, ...] | None:
+    """The entries of recorded states that a fit reads; ``None`` if that may be any."""
+    if isinstance(twist, LearnedTwist):
+        return _declared(twist)
+    if not isinstance(twist, SumTwist):
+        fixed = isinstance(twist, Twist) and type(twist).get_posterior is Twist.get_posterior
+        return () if fixed else None
+    entries: tuple[str, ...] = ()
+    for one in map(entries_read, twist.parts()):
+        if one is None:
+            return None
+        entries += one
+    return entries
+
+
+def _declared(part: LearnedTwist) -> tuple[str, ...] | None:
+    if "reads" in vars(part):
+        return part.reads
+    for kind in type(part).__mro__:
+        if "reads" in vars(kind):
+            return part.reads
+        if not vars(kind).keys().isdisjoint({"get_posterior", "features", "observe"}):
+            return None
+    return None
+
+
+@torch.no_grad()
+def step_statistics(twist: Any, part: LinearTwist, step: PathStep) -> Statistics | None:
+    """The statistics of a step for the linear part of a twist, relative to its other parts."""
+    if twist is part:
+        return part.statistics(step)
+    kept = part.theta.detach().clone()
+    part.theta.zero_()
+    try:
+        kernel = step.proposal(twist)
+    finally:
+        part.theta.copy_(kept)
+    return part.statistics(step, kernel)
+
+
+def add_pass(
+    sums: WeightedSums, twist: Any, part: LinearTwist, one: Pass, weights: Any, base: Any
+) -> None:
+    """
+    Adds the final paths of a pass to weighted sums.
+
+    :param WeightedSums sums: The sums for several sets of weights.
+    :param Twist twist: The whole twist.
+    :param LinearTwist part: Its linear part.
+    :param Pass one: The pass.
+    :param torch.Tensor weights: Weights of the final paths, of shape
+        ``(num_sets,) + log_path.shape``.
+    :param torch.Tensor base: Weights of the noise that centring subtracts, of the same shape.
+    """
+    if one.statistics is not None:
+        for statistics in one.statistics:
+            sums.add(statistics, weights, base)
+        return
+    pushed = one.pushed(torch.cat([weights, base]))
+    for sites, both in zip(one.steps, pushed, strict=True):
+        for step in sites:
+            found = step_statistics(twist, part, step.restored())
+            if found is not None:
+                sums.add(found, *both.chunk(2))
+
+
+def _quadratic(twist: Any, part: LinearTwist, paths: Paths | Quadratic) -> Quadratic:
+    if isinstance(paths, Quadratic):
+        return paths
+    sums = WeightedSums(1, part.theta)
+    for step in paths:
+        found = step_statistics(twist, part, step)
+        if found is not None:
+            assert step.weights is not None and step.base is not None
+            sums.add(found, step.weights[None], paths.centring * step.base[None])
+    return sums[0]
+
+
+def log_likelihood(twist: Any, batches: Sequence[Paths | Quadratic]) -> float:
+    """
+    The weighted log-likelihood of paths, up to a number that parameters do not change.
+
+    :param Twist twist: The twist.
+    :param list batches: Weighted paths, or for a twist with a :func:`linear_part` their sums.
+    """
+    part, total = linear_part(twist), 0.0
+    with torch.no_grad():
+        for one in batches:
+            if isinstance(one, Quadratic):
+                assert part is not None
+                total += float(one.log_likelihood(part.theta))
+            else:
+                total += float(one.log_likelihood(twist))
+    return total
+
+
+def fit_likelihood(
+    twist: Any, batches: Sequence[Paths | Quadratic], *, max_iterations: int = 60
+) -> None:
     """
     Moves the parameters of a twist to the highest weighted likelihood of whole paths.
 
@@ -201,16 +336,18 @@ def fit_likelihood(twist: Any, batches: Sequence[Paths], *, max_iterations: int 
     left to L-BFGS.
 
     :param Twist twist: The twist, changed in place.
-    :param list batches: Weighted paths.
+    :param list batches: Weighted paths, or for a twist with a :func:`linear_part` their sums.
     :param int max_iterations: Of the optimiser.
     """
-    parts = learned_parts(twist)
-    trained = [part for part in parts if any(True for _ in part.parameters())]
+    trained = trained_parts(twist)
     if len(trained) == 1 and isinstance(trained[0], LinearTwist):
+        linear = trained[0]
         with torch.no_grad():
-            trained[0].theta.copy_(trained[0].solve(batches))
+            solved = linear.solve([_quadratic(twist, linear, one) for one in batches])
+            linear.theta.copy_(solved)
     elif trained:
-        _optimise(twist, trained, batches, max_iterations)
+        paths = [one for one in batches if isinstance(one, Paths)]
+        _optimise(twist, trained, paths, max_iterations)
     for part in trained:
         with torch.no_grad():
             part.constrain()

@@ -12,13 +12,17 @@ all later factors given :math:`x_t`. It enters inference in two places: the prop
 from __future__ import annotations
 
 from abc import ABCMeta
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.nn.module import _PyroModuleMeta
 from pyro.poutine.guide import GuideMessenger
+
+if TYPE_CHECKING:
+    from pyro_twist.twists.summary import Panel
 
 __all__ = ["SumTwist", "Twist", "Twisted"]
 
@@ -91,6 +95,46 @@ class Twist(GuideMessenger, PyroModule, metaclass=_TwistMeta):
         """
         return 0.0
 
+    def summary(self, at: torch.Tensor | None = None) -> list[Panel]:
+        """
+        What the twist has learned, for a report.
+
+        A family of one's own overrides this and returns any of
+        :class:`~pyro_twist.twists.summary.Panel`, words alone,
+        :class:`~pyro_twist.twists.summary.Curve`, a number for each step, and
+        :class:`~pyro_twist.twists.summary.Direction`, a push of samples.
+
+        :param torch.Tensor at: Samples to describe a push at, such as the mean of each class, of
+            shape ``(num_places,) + event_shape``; by default a place of the twist's own.
+        :returns: Panels in the order to be shown; none if there is nothing to say.
+        :rtype: list
+        """
+        from pyro_twist.twists.summary import summarise
+
+        return summarise(self, at)
+
+    def save(self, path: str | Path) -> None:
+        """
+        Writes parameters and buffers, those of all parts of a sum.
+
+        :param path: A ``.safetensors`` file.
+        """
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, path)
+
+    def load(self, path: str | Path) -> Self:
+        """
+        Reads what :meth:`save` wrote, into a twist made with the same arguments.
+
+        :param path: A ``.safetensors`` file.
+        :returns: The twist itself.
+        """
+        from safetensors.torch import load_file
+
+        self.load_state_dict(load_file(path))
+        return self
+
     def __add__(self, other: Twist) -> SumTwist:
         return SumTwist(self, other)
 
@@ -125,6 +169,10 @@ class SumTwist(Twist):
     def parts(self) -> list[Twist]:
         """The twists that are multiplied."""
         return [part for part in self.twists if isinstance(part, Twist)]
+
+    def summary(self, at: torch.Tensor | None = None) -> list[Panel]:
+        """The panels of all parts."""
+        return [panel for twist in self.parts() for panel in twist.summary(at)]
 
     def get_posterior(self, name: str, prior: Any) -> Any:
         for twist in self.parts():

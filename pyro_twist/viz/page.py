@@ -12,7 +12,22 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-__all__ = ["Figure", "Page", "Section", "Table"]
+__all__ = ["Code", "Figure", "Page", "Section", "Table"]
+
+
+@dataclass(frozen=True)
+class Code:
+    """
+    Something to be typed as it is.
+
+    :param str text: The lines.
+    """
+
+    text: str
+
+    def to_html(self) -> str:
+        """The lines in a box that scrolls sideways."""
+        return f"<pre>{escape(self.text)}</pre>"
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,12 @@ class Section:
     A heading and what is below it.
 
     :param str heading: The heading.
-    :param parts: Strings, which become paragraphs, tables and figures, in order.
+    :param parts: Strings, which become paragraphs, tables, figures and code, in order.
     :param bool side_by_side: Whether figures are put in two columns where there is room.
     """
 
     heading: str
-    parts: Sequence[str | Table | Figure] = ()
+    parts: Sequence[str | Code | Table | Figure] = ()
     side_by_side: bool = False
 
     def to_html(self) -> str:
@@ -97,7 +112,7 @@ class Section:
         return f"<section><h2>{escape(self.heading)}</h2>{body}</section>"
 
 
-def _part_to_html(part: str | Table | Figure) -> str:
+def _part_to_html(part: str | Code | Table | Figure) -> str:
     return f"<p>{escape(part)}</p>" if isinstance(part, str) else part.to_html()
 
 
@@ -140,9 +155,7 @@ class Page:
             warning if self.warning else "",
             f'<div class="facts">{facts}</div>' if facts else "",
             *(section.to_html() for section in self.sections),
-            f"<section><h2>Run it again</h2><pre>{escape(self.code)}</pre></section>"
-            if self.code
-            else "",
+            Section("Run it again", [Code(self.code)]).to_html() if self.code else "",
             f"<footer>{escape(self.footer)}</footer>" if self.footer else "",
         ]
         return _FRAME.format(

@@ -15,11 +15,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["WeightedValues", "plot_rewards"]
+__all__ = ["StepSeries", "WeightedValues", "plot_rewards", "plot_series"]
 
 INK, SOFT, ACCENT = "#1f2933", "#9aa5b1", "#d1495b"
 
 Panels = Mapping[str, Sequence["WeightedValues"]]
+
+
+@dataclass(frozen=True)
+class StepSeries:
+    """
+    A number for every step.
+
+    :param str title: What is shown.
+    :param steps: The steps.
+    :param values: A number for each.
+    :param str label: The label of the axis of values.
+    :param float reference: Where to draw a dotted line.
+    """
+
+    title: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    label: str
+    reference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,17 +71,10 @@ def plot_rewards(panels: Panels, *, unit: str = "reward") -> Figure:
     :rtype: ~matplotlib.figure.Figure
     :raises ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'pyro-twist[plots]'") from error
     columns = 1 if len(panels) == 1 else 2
     lines = -(-len(panels) // columns)
     tallest = max(len(methods) for methods in panels.values())
-    height = lines * (0.55 * tallest + 0.9)
-    figure = Figure(figsize=(8.5, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.5, lines * (0.55 * tallest + 0.9))
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -72,6 +84,57 @@ def plot_rewards(panels: Panels, *, unit: str = "reward") -> Figure:
         axis.set_xlabel(unit)
         axis.xaxis.set_tick_params(labelbottom=True)
     return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """
+    An empty figure that no window is opened for.
+
+    :param float width: In inches, as the height.
+    :param float height: The height.
+    :raises ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'pyro-twist[plots]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_series(series: Sequence[StepSeries], *, last: int | None = None) -> Figure:
+    """
+    Numbers by step, a panel for each series, side by side.
+
+    :param series: What to draw.
+    :param int last: The last step of the axis; by default the last of any series.
+    :returns: The figure.
+    :rtype: ~matplotlib.figure.Figure
+    :raises ImportError: If matplotlib is not installed.
+    """
+    end = max(max(one.steps) for one in series) if last is None else last
+    figure = new_figure(4.25 * max(2, len(series)), 2.6)
+    axes = figure.subplots(1, len(series), squeeze=False)[0]
+    for axis, one in zip(axes, series, strict=True):
+        _draw_series(axis, one, end)
+    return figure
+
+
+def _draw_series(axis: Axes, series: StepSeries, end: int) -> None:
+    known = [0.0, 1.0] if series.reference is None else [0.0, 1.0, series.reference]
+    top = max(*known, *series.values)
+    axis.plot(series.steps, series.values, color=ACCENT, linewidth=1.8)
+    if series.reference is not None:
+        axis.axhline(series.reference, color=SOFT, linewidth=0.9, linestyle=":", zorder=0)
+    # a margin, so that lines at the edge of the range can be seen
+    axis.set(xlim=(0, max(end, 1)), ylim=(min(*known, *series.values) - 0.04 * top, 1.08 * top))
+    axis.set(xlabel="step, from noise to sample", ylabel=series.label)
+    axis.set_title(series.title, fontsize="medium", loc="left", color=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e4e7eb", linewidth=0.6)
+    axis.set_axisbelow(True)
 
 
 def _draw_panel(axis: Axes, methods: Sequence[WeightedValues]) -> None:

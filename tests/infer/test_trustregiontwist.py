@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import astuple, replace
 from typing import Any
 
 import pyro
@@ -13,9 +15,39 @@ import torch
 
 from pyro_twist.infer import TrustRegionTwist, TwistedSMC, pool
 from pyro_twist.infer.trustregion import temper
-from pyro_twist.twists import CalibratedLookahead, QuadraticTwist, ShiftTwist
+from pyro_twist.twists import (
+    BackwardTwist,
+    CalibratedLookahead,
+    LinearTwist,
+    LookaheadTwist,
+    QuadraticTwist,
+    ShiftTwist,
+    SumTwist,
+    SurrogateTwist,
+    Twist,
+)
 from tests.oracles import LinearGaussianChain
 from tests.statistics import assert_tilted_mean, assert_unbiased
+
+RECORDS = ("paths", "statistics")
+
+
+class Pull(LinearTwist):
+    """A user's family: features read the state, and steps share their parameters."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, 2)
+
+    def features(self, name: str, prior: Any) -> torch.Tensor | None:
+        state = self.args_kwargs[0][0]
+        if "x" not in state:
+            return None
+        return torch.stack([torch.ones_like(state["x"]), state["x"].tanh()])
+
+
+class Positive(LinearGaussianChain):
+    def terminal(self, state: Any, x0: torch.Tensor) -> None:
+        pyro.factor("positive", torch.where(x0[..., 0] > 0, 0.0, -torch.inf))
 
 
 def plain(chain: Any, particles: int, budget: float, **options: Any) -> TrustRegionTwist:
@@ -197,7 +229,7 @@ def test_state_space_model_against_kalman() -> None:
     exact = float(hmm.log_prob(data))
     model = LocalLevel(data)
     smc = TrustRegionTwist(model, None, 150, seed=0, num_iterations=4, guard=False)
-    assert isinstance(smc.guide, QuadraticTwist)
+    assert isinstance(smc.guide, BackwardTwist)
     smc.fit()
     learned = [TwistedSMC(model, smc.guide, 100, seed=s).run().log_normalizer for s in range(30)]
     bootstrap = [TwistedSMC(model, None, 100, seed=s).run().log_normalizer for s in range(30)]
@@ -221,10 +253,6 @@ def test_degenerate_rewards() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_hard_constraints(threshold: float) -> None:
-    class Positive(LinearGaussianChain):
-        def terminal(self, state: Any, x0: torch.Tensor) -> None:
-            pyro.factor("positive", torch.where(x0[..., 0] > 0, 0.0, -torch.inf))
-
     found = []
     for seed in range(100):
         chain = Positive(3, dim=1)
@@ -263,18 +291,24 @@ def test_seed_and_table() -> None:
     assert table[0].split()[:3] == ["tau", "kl", "eta"] and len(table) == 4
 
 
-def test_resume_after_a_failing_reward() -> None:
-    class Flaky(LinearGaussianChain):
-        calls, broken = 0, True
+class Flaky(LinearGaussianChain):
+    calls, broken = 0, True
 
-        def reward(self, x0: torch.Tensor) -> torch.Tensor:
-            self.calls += 1
-            if self.calls == 3 and self.broken:
-                raise RuntimeError("the reward service is down")
-            return super().reward(x0)
+    def reward(self, x0: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 7 and self.broken:
+            raise RuntimeError("the reward service is down")
+        return super().reward(x0)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("family", [ShiftTwist, Pull])
+def test_resume_after_a_failing_reward(record: Any, family: Any) -> None:
+    """The look-ahead fails after the step was recorded: it is taken again, recorded once."""
 
     def fresh(chain: Any) -> TrustRegionTwist:
-        return TrustRegionTwist(chain, ShiftTwist(chain), 16, seed=5)
+        twist = LookaheadTwist(chain) + family(chain)
+        return TrustRegionTwist(chain, twist, 16, seed=5, record=record, ess_threshold=1.0)
 
     whole = fresh(LinearGaussianChain(3, k=1.0, dim=1)).run()
     chain = Flaky(3, k=1.0, dim=1)
@@ -341,3 +375,213 @@ def test_fixed_guides_and_empty_updates_are_refused() -> None:
         TrustRegionTwist(chain, LookaheadTwist(chain), 4)
     with pytest.raises(ValueError, match="no pass to learn from"):
         TrustRegionTwist(chain, CalibratedLookahead(chain), 4).update()
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Parameters in float64, so that rounding does not reach the draws of the next pass."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_same_runs(chain: Any, family: Any, particles: int, **options: Any) -> TrustRegionTwist:
+    """Runs with either record, compares everything and returns the one without paths."""
+    runs = []
+    for record in RECORDS:
+        twist = LookaheadTwist(chain) + family(chain)
+        smc = TrustRegionTwist(chain, twist, particles, seed=3, record=record, **options)
+        runs.append((smc, smc.run()))
+    (paths, expected), (statistics, result) = runs
+    assert torch.allclose(result.log_weights, expected.log_weights, atol=1e-9)
+    assert torch.allclose(statistics.guide.twists[1].theta, paths.guide.twists[1].theta, atol=1e-9)
+    for ours, theirs in zip(statistics.iterations, paths.iterations, strict=True):
+        assert astuple(ours) == pytest.approx(astuple(theirs), rel=1e-6, nan_ok=True)
+    return statistics
+
+
+@pytest.mark.parametrize("family", [ShiftTwist, Pull])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+@pytest.mark.parametrize("options", [{}, {"reuse": False}, {"guard": False, "centring": 0.3}])
+@pytest.mark.parametrize("replicates", [None, 3])
+def test_statistics_are_as_good_as_paths(
+    family: Any, threshold: float, options: Any, replicates: int | None, double: None
+) -> None:
+    chain = LinearGaussianChain(4, k=1.2, dim=2, replicates=replicates)
+    if replicates:
+        options = {**options, "max_plate_nesting": 1, "population_plate": "replicates"}
+    smc = assert_same_runs(chain, family, 30, ess_threshold=threshold, kl_budget=0.3, **options)
+    assert smc.guide.twists[1].theta.any() and all(one.steps == [] for one in smc.passes)
+    resampled = [any(a is not None for a in one.ancestors) for one in smc.passes]
+    assert all(resampled) if threshold else not any(resampled)
+
+
+@pytest.mark.parametrize("particles", [1, 2, 4])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_few_particles_with_both_records(particles: int, threshold: float, double: None) -> None:
+    chain = LinearGaussianChain(4, k=1.0, dim=2)
+    smc = assert_same_runs(chain, ShiftTwist, particles, ess_threshold=threshold)
+    assert len(smc.passes) == 4 and torch.isfinite(smc.guide.twists[1].theta).all()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_dead_particles_with_both_records(threshold: float, double: None) -> None:
+    smc = assert_same_runs(Positive(3, dim=1), ShiftTwist, 24, ess_threshold=threshold)
+    assert any(bool((one.log_path == -math.inf).any()) for one in smc.passes)
+    assert torch.isfinite(smc.guide.twists[1].theta).all()
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_equal_weights_teach_nothing(record: Any, threshold: float) -> None:
+    """The target is the current law: tau is 1, and centring takes all of the score away."""
+    chain = LinearGaussianChain(4, k=0.0, dim=2)
+    smc = TrustRegionTwist(
+        chain, ShiftTwist(chain), 16, seed=0, record=record, ess_threshold=threshold, guard=False
+    )
+    iteration = smc.fit(1).iterations[0]
+    assert (iteration.tau, iteration.path_ess) == (1.0, pytest.approx(1.0))
+    assert (iteration.kl, iteration.chi_square) == (pytest.approx(0.0), pytest.approx(0.0))
+    assert smc.guide.theta.abs().max() < 1e-12
+
+
+def test_memory_of_statistics_does_not_grow_with_steps() -> None:
+    """Where steps share parameters; and what all particles share is kept once."""
+    for steps in (3, 30):
+        chain = LinearGaussianChain(steps, dim=2)
+        smc = TrustRegionTwist(chain, Pull(chain), 10, seed=0, record="statistics")
+        smc.sample()
+        (found,) = smc.passes[0].statistics or ()
+        assert found.score.shape == (10, 2) and found.information.shape == (10, 2, 2)
+    smc = TrustRegionTwist(chain, ShiftTwist(chain), 10, seed=0, record="statistics")
+    smc.sample()
+    assert [one.block for one in smc.passes[0].statistics or ()] == list(range(31))
+    assert (smc.passes[0].statistics or ())[0].information.shape == (1, 2, 2)
+
+
+class Nudge(Twist):
+    """A fixed proposal that may read anything."""
+
+    def get_posterior(self, name: str, prior: Any) -> Any:
+        return prior
+
+
+class Curious(ShiftTwist):
+    """Overrides the features, so that what its base reads says nothing."""
+
+    def features(self, name: str, prior: Any) -> torch.Tensor | None:
+        return super().features(name, prior)
+
+
+def test_statistics_are_refused_where_they_are_not_enough() -> None:
+    chain = LinearGaussianChain(3, dim=1)
+
+    class Refitted(ShiftTwist):
+        def observe(self, passes: Any) -> None: ...
+
+    class Capped(ShiftTwist):
+        def get_posterior(self, name: str, prior: Any) -> Any:
+            return prior
+
+    frozen = ShiftTwist(chain)
+    frozen.theta.requires_grad_(False)
+    for twist, message in [
+        (ShiftTwist(chain) + CalibratedLookahead(chain), "CalibratedLookahead learns from them"),
+        (QuadraticTwist(chain), "QuadraticTwist learns from them.*record='paths'"),
+        (Refitted(chain), "Refitted learns from them"),
+        (Capped(chain), "Capped learns from them"),
+        (ShiftTwist(chain) + Pull(chain), r"has 2 with.*ShiftTwist, Pull"),
+        (frozen, r"has 0 with.*\(none\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TrustRegionTwist(chain, twist, 4, record="statistics")
+    with pytest.raises(ValueError, match="record='all'"):
+        TrustRegionTwist(chain, ShiftTwist(chain), 4, record="all")  # type: ignore[arg-type]
+    assert SurrogateTwist.observe is not LinearTwist.observe  # and so it needs paths
+
+
+def test_only_entries_that_are_read_are_recorded() -> None:
+    chain = LinearGaussianChain(3, dim=2)
+    everything = {"x", "x0_hat"}
+    looking = everything | {"lookahead", "lookahead_time", "lookahead_log_twist"}
+
+    class Asking(Pull):
+        reads = ("x",)
+
+    for twist, expected in [
+        (ShiftTwist(chain), set()),
+        (LookaheadTwist(chain) + ShiftTwist(chain), set()),
+        (Nudge(chain) + ShiftTwist(chain), everything),
+        (Curious(chain), everything),
+        (Pull(chain), everything),
+        (Asking(chain) + QuadraticTwist(chain), {"x"}),
+        (SumTwist(ShiftTwist(chain), CalibratedLookahead(chain)), looking),
+    ]:
+        smc = TrustRegionTwist(chain, twist, 4, seed=0)
+        smc.sample()
+        assert [set(sites[0].state) for sites in smc.passes[0].steps] == [set(), *3 * [expected]]
+
+
+def recorded(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a pass."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from recorded(one)
+    elif isinstance(value, dict):
+        yield from recorded(list(value.values()))
+    elif hasattr(value, "__dict__"):
+        yield from recorded(vars(value))
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("replicates", [None, 3])
+def test_recorded_tensors_are_moved(record: Any, replicates: int | None) -> None:
+    """To a device without data, where nothing could be left behind unseen."""
+    chain = LinearGaussianChain(3, dim=2, replicates=replicates)
+    options: dict[str, Any] = {} if replicates is None else {"population_plate": "replicates"}
+    twist = Pull(chain)
+    with torch.no_grad():
+        twist.theta.fill_(0.3)
+    smc = TrustRegionTwist(
+        chain, twist, 6, 1, seed=0, record=record, record_device="meta", **options
+    )
+    smc.sample()
+    tensors = list(recorded(smc.passes))
+    assert len(tensors) > 5 and {one.device.type for one in tensors} == {"meta"}
+    assert {one.device.type for one in smc.state.values()} == {"cpu"}
+    for sites in smc.passes[0].steps:
+        assert sites[0].device == torch.device("cpu")
+    smc = TrustRegionTwist(chain, twist, 6, 1, seed=0, record=record, **options)
+    smc.sample()
+    for sites in smc.passes[0].steps:
+        assert sites[0].restored() is sites[0]
+        back = replace(sites[0], device=torch.device("meta")).restored()
+        assert {one.device.type for one in recorded(back)} == {"meta"}
+
+
+def test_recording_elsewhere_changes_nothing() -> None:
+    chain, runs = LinearGaussianChain(4, k=1.2, dim=2), []
+    for device in (None, "cpu"):
+        twist = CalibratedLookahead(chain) + Pull(chain)
+        smc = TrustRegionTwist(chain, twist, 16, seed=0, record_device=device)
+        runs.append(smc.run())
+        assert not any(one.requires_grad for one in recorded(smc.passes))
+    assert torch.equal(runs[0].log_weights, runs[1].log_weights)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_no_graph_is_recorded(record: Any) -> None:
+    """Although the model keeps one for a twist that takes gradients."""
+
+    class Graph(LinearGaussianChain):
+        def write(self, state: Any, x: torch.Tensor, t: int) -> None:
+            with torch.enable_grad():
+                super().write(state, x.detach().requires_grad_(), t)
+
+    chain = Graph(3, dim=2)
+    smc = TrustRegionTwist(chain, Pull(chain), 8, seed=0, record=record)
+    smc.sample()
+    tensors = list(recorded([smc.passes[0].steps, smc.passes[0].statistics]))
+    assert tensors and not any(one.requires_grad for one in tensors)

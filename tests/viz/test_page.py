@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from pyro_twist.viz import Figure, Page, Section, Table, WeightedValues, plot_rewards
+from pyro_twist.viz import Code, Figure, Page, Section, Table, WeightedValues, plot_rewards
 
 VOID = {"meta", "img"}
 
@@ -43,7 +43,8 @@ def page() -> Page:
     table = Table(["a", "b <x>"], [["1", "2 & 3"]], ["first", 'the "second"'])
     figure = Figure(Image.new("RGB", (3, 2), "red"), "a <caption>")
     prose = Table(["x"], [["y"]], prose=True)
-    sections = [Section("One", ["text <b>", table, prose]), Section("Two", [figure], True)]
+    code = Code("if a < b:\n    pass")
+    sections = [Section("One", ["text <b>", table, prose, code]), Section("Two", [figure], True)]
     facts = [("model", "<emoji>")]
     return Page("T & U", "lead", facts, sections, "warning <i>", "footer", "run 'a' > b")
 
@@ -61,7 +62,16 @@ def test_page_is_well_formed_and_refers_to_nothing() -> None:
 def test_text_is_escaped() -> None:
     checker = Checker()
     checker.feed(page().to_html())
-    for text in ("T & U", "<emoji>", "b <x>", "2 & 3", "text <b>", "warning <i>", "run 'a' > b"):
+    for text in (
+        "T & U",
+        "<emoji>",
+        "b <x>",
+        "2 & 3",
+        "text <b>",
+        "warning <i>",
+        "run 'a' > b",
+        "if a < b:\n",
+    ):
         assert text in checker.text
 
 

@@ -1,0 +1,142 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyro_twist import GaussianDiffusion, RewardTilted, TrustRegionTwist, TwistedSMC, zoo
+from pyro_twist.infer import default_twist
+from pyro_twist.twists import CalibratedLookahead, ShiftTwist, SurrogateTwist, Twist
+from pyro_twist.twists.summary import Curve, Direction, Panel
+from tests.oracles import LinearGaussianChain
+
+STEPS = 6
+
+
+def tilted(*labels: int, scale: float = 60.0) -> RewardTilted:
+    label = labels[0] if len(labels) == 1 else list(labels) or None
+    model: GaussianDiffusion = zoo.load("digits", label, num_inference_steps=STEPS)
+    return RewardTilted(model, {"left": left}, scale)
+
+
+def left(images: torch.Tensor) -> torch.Tensor:
+    """Linear, with a gradient that is plus one on the left half and minus one on the right."""
+    return images[..., :4].mean((1, 2, 3)) - images[..., 4:].mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Iterator[TrustRegionTwist]:
+    smc = TrustRegionTwist(tilted(3), None, 64, seed=0, num_iterations=2, progress=False)
+    smc.run()
+    yield smc
+
+
+def find(panels: list[Panel], kind: Any, title: str = "") -> Any:
+    [panel] = [one for one in panels if isinstance(one, kind) and title in one.title]
+    return panel
+
+
+def test_direction_is_the_gradient(fitted: TrustRegionTwist) -> None:
+    panel = find(fitted.guide.summary(), Direction)
+    expected = torch.ones(1, 8, 8)
+    expected[..., 4:] = -1
+    assert panel.at.shape == panel.change.shape == (1, 1, 8, 8)
+    assert torch.cosine_similarity(panel.change[0].flatten(), expected.flatten(), 0) > 0.8
+
+
+def test_direction_at_other_places(fitted: TrustRegionTwist) -> None:
+    at = torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.3)])
+    surrogate = fitted.guide.parts()[1]
+    panel = find(fitted.guide.summary(at), Direction)
+    assert torch.equal(panel.at, at)
+    slope = surrogate.regression.gradient(at.flatten(1)).float()
+    assert torch.cosine_similarity(panel.change.flatten(1), slope).min() > 1 - 1e-5
+    size = panel.change.square().flatten(1).mean(1).sqrt()
+    assert size.tolist() == pytest.approx([0.5 * float(surrogate.data_variance) ** 0.5] * 2)
+
+
+def test_slopes_are_those_in_force(fitted: TrustRegionTwist) -> None:
+    ladder = fitted.guide.parts()[0]
+    panel = find(ladder.summary(), Curve)
+    assert list(panel.steps) == list(range(STEPS))
+    smc = TwistedSMC(fitted.model, ladder, 4, seed=1, progress=False)
+    smc.init()
+    for value, t in zip(panel.values, [None, *fitted.model.timesteps]):
+        if t is not None:
+            smc.step(t)
+        expected = value * smc.state["lookahead"]
+        assert torch.allclose(smc.state["lookahead_log_twist"], expected)
+
+
+def test_gains_are_those_in_force(fitted: TrustRegionTwist) -> None:
+    surrogate = fitted.guide.parts()[1]
+    with torch.no_grad():
+        surrogate.theta.copy_(torch.tensor([[0.2, 0.9, 0.4]]))
+    panel = find(surrogate.summary(), Curve)
+    assert list(panel.steps) == list(range(1, STEPS + 1))
+    state = {"x": torch.zeros(2, 1, 8, 8), "x0_hat": torch.full((2, 1, 8, 8), 0.1)}
+    surrogate.stepping = True
+    for value, t in zip(panel.values, fitted.model.timesteps):
+        surrogate.args_kwargs = ((state, t), {})
+        prior = torch.distributions.Normal(torch.zeros(2, 1, 8, 8), 0.5)
+        features = surrogate.features("x", torch.distributions.Independent(prior, 3))
+        tilt = torch.tensordot(surrogate.theta[0], features, dims=1)
+        assert torch.allclose(tilt, value * features.sum(0), atol=1e-6)
+    del surrogate.args_kwargs
+
+
+def test_before_learning() -> None:
+    model = tilted(3)
+    slopes, pushes = default_twist(model).summary()
+    assert set(slopes.values) == {1.0}
+    assert type(pushes) is Panel and pushes.text.startswith("None: too few")
+
+
+def test_scheduled_looks_only() -> None:
+    [panel] = CalibratedLookahead(tilted(3), every=2).summary()
+    assert list(panel.steps) == [0, 2, 4]
+
+
+def test_a_useless_regression_says_so() -> None:
+    twist = SurrogateTwist(tilted(3))
+    points = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    twist.regression.fit(points, noise, torch.arange(40))
+    assert twist.score < 0
+    text = find(twist.summary(), Direction).text
+    assert "explains 0% of" in text and "Below 10%" in text
+
+
+def test_shifts_and_twists_without_anything_to_say() -> None:
+    chain = LinearGaussianChain(3, dim=2)
+    twist = ShiftTwist(chain)
+    with torch.no_grad():
+        twist.theta[1] = torch.tensor([3.0, 4.0])
+    [panel] = twist.summary()
+    assert dict(zip(panel.steps, panel.values)) == {1: 0.0, 2: 5.0, 3: 0.0}
+    assert Twist(chain).summary() == []
+    assert (Twist(chain) + twist).summary()[0].values == panel.values
+
+
+@pytest.mark.parametrize("labels", [(), (3, 8)])
+def test_a_sum_is_saved_and_loaded(labels: tuple[int, ...], tmp_path: Path) -> None:
+    model = tilted(*labels)
+    plates: dict[str, Any] = {"max_plate_nesting": 1, "population_plate": "classes"}
+    plates = {**(plates if labels else {}), "progress": False}
+    smc = TrustRegionTwist(model, None, 8, seed=0, num_iterations=2, **plates)
+    smc.run()
+    smc.guide.save(tmp_path / "twist.safetensors")
+    fresh, loaded = default_twist(model), default_twist(model)
+    assert loaded.load(tmp_path / "twist.safetensors") is loaded
+    ours, theirs, without = (
+        TwistedSMC(model, guide, 6, seed=5, **plates).run() for guide in (smc.guide, loaded, fresh)
+    )
+    assert torch.equal(ours.log_weights, theirs.log_weights)
+    assert torch.equal(ours.state["x"], theirs.state["x"])
+    assert not torch.equal(ours.state["x"], without.state["x"])
