@@ -63,13 +63,13 @@ def default_twist(model: Any) -> Any:
     """
     from pyro_twist.twists import (
         BackwardTwist,
-        CalibratedLookahead,
+        DiscountedLookahead,
         QuadraticTwist,
         SurrogateTwist,
     )
 
     if hasattr(model, "schedule") and hasattr(model, "terminal"):
-        return CalibratedLookahead(model) + SurrogateTwist(model)
+        return DiscountedLookahead(model) + SurrogateTwist(model)
     if len(model.event_shape) < 2 and torch.Size(model.event_shape).numel() <= 16:
         return BackwardTwist(model)
     return QuadraticTwist(model)
@@ -191,6 +191,7 @@ class TrustRegionTwist(TwistedSMC):
         self.record: Recording = record
         self.record_device = record_device
         self._reads = entries_read(guide)
+        self._follows = {key for part in learned_parts(guide) for key in part.follows}
         self._part = linear_part(guide) if record == "statistics" else None
         self.passes: list[Pass] = []
         self.iterations: list[Iteration] = []
@@ -271,6 +272,17 @@ class TrustRegionTwist(TwistedSMC):
         self._results.append(result)
         self._etas.append(self.iterations[-1].eta if self.iterations else 0.0)
 
+    @property
+    def last(self) -> SMCResult:
+        """
+        The result of the last pass alone.
+
+        :raises ValueError: If there is no pass yet.
+        """
+        if not self._results:
+            raise ValueError("there is no pass yet; call run, fit or sample")
+        return self._results[-1]
+
     def pooled(self) -> SMCResult:
         """
         The particles of all passes so far.
@@ -336,8 +348,9 @@ class TrustRegionTwist(TwistedSMC):
         self._memory["log_path"] = self._memory["log_path"] + path
         self._memory["log_terminal"] = self._memory["log_terminal"] + terminal
         if self.record == "paths":
-            kept = terminal if self.record_device is None else terminal.to(self.record_device)
-            self._pending = [replace(step, emitted=kept) for step in self._pending]
+            after = {key: self.state[key] for key in self._follows if key in self.state}
+            device = self.record_device
+            self._pending = [step.followed(terminal, after, device) for step in self._pending]
         return returned
 
     def _move(self, method: str, args: Any, kwargs: Any, *, resample: bool = True) -> None:
@@ -400,7 +413,7 @@ class TrustRegionTwist(TwistedSMC):
         return Iteration(
             tau=tau,
             kl=mean([c.kl for c in columns]),
-            eta=here + (1 - here) * tau * (1.0 if step else 0.0),
+            eta=here + (1 - here) * tau * step,
             ess=float(result.get_ESS().mean()) / self.num_particles,
             path_ess=mean([1 / (1 + c.chi_square) for c in columns]),
             chi_square=mean([c.chi_square for c in columns]),
@@ -626,7 +639,8 @@ def _weighted(
 
 
 def _assign(twist: Any, parameters: Any, vector: torch.Tensor) -> None:
-    vector_to_parameters(vector, parameters)
+    # a copy: parameters become views of the vector, and fits write in place
+    vector_to_parameters(vector.clone(), parameters)
     with torch.no_grad():
         for part in learned_parts(twist):
             part.constrain()
@@ -635,5 +649,5 @@ def _assign(twist: Any, parameters: Any, vector: torch.Tensor) -> None:
 def _fitted(
     twist: Any, parameters: Any, start: torch.Tensor, batches: Sequence[Paths | Quadratic]
 ) -> None:
-    vector_to_parameters(start, parameters)
+    vector_to_parameters(start.clone(), parameters)
     fit_likelihood(twist, batches)

@@ -5,7 +5,7 @@
 
 from pyro_twist.twists.backward import BackwardTwist
 from pyro_twist.twists.families import NeuralTwist, QuadraticTwist, ShiftTwist, low_frequencies
-from pyro_twist.twists.ladder import CalibratedLookahead
+from pyro_twist.twists.ladder import CalibratedLookahead, DiscountedLookahead
 from pyro_twist.twists.learned import LearnedTwist, LinearTwist, fit_likelihood, learned_parts
 from pyro_twist.twists.lookahead import LookaheadTwist
 from pyro_twist.twists.paths import Pass, Paths, PathStep
@@ -18,6 +18,7 @@ from pyro_twist.twists.twist import SumTwist, Twist, Twisted
 __all__ = [
     "BackwardTwist",
     "CalibratedLookahead",
+    "DiscountedLookahead",
     "KernelRidge",
     "LearnedTwist",
     "LinearTwist",

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from pyro_twist.twists.learned import LearnedTwist
 from pyro_twist.twists.lookahead import LookaheadTwist
 from pyro_twist.twists.paths import Pass
 
-__all__ = ["CalibratedLookahead"]
+__all__ = ["CalibratedLookahead", "DiscountedLookahead"]
 
 
 class CalibratedLookahead(LookaheadTwist, LearnedTwist):
@@ -41,6 +41,7 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
         self.shrinkage, self.smoothing = shrinkage, smoothing
         ones = torch.ones(len(model.timesteps) + 1, dtype=torch.float64)
         self.register_buffer("slopes", ones)
+        self.reads: tuple[str, ...] = self.state_keys()
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`~pyro_twist.twists.Twist.log_twist`."""
@@ -75,6 +76,109 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
             c, s = _moments(guess, one.log_terminal, one.log_base)
             cross[t] += c
             spread[t] += s
+
+
+class DiscountedLookahead(CalibratedLookahead):
+    """
+    Look-ahead that is trusted as far as the end can be seen: a power of the share that is known.
+
+    With signal and noise levels :math:`\\alpha_t, \\sigma_t` and data of variance :math:`v_0`, the
+    share of :math:`x_0` that :math:`x_t` tells is
+    :math:`u_t = \\alpha_t^2 v_0 / (\\alpha_t^2 v_0 + \\sigma_t^2)`, and the slope of the
+    look-ahead is :math:`u_t^p`. A reward that is linear in the prediction has the exponent 0; one
+    that depends on detail, or bends, is worth less the less is known, and a noisy one least.
+
+    The exponent is the only number to learn. It is fitted, with a normal prior, to how far each
+    look-ahead carried over to the next one, among the particles of a step: these pairs are before
+    any resampling, so that selection does not enter, and there are as many as look-aheads.
+
+    :param model: A tilted :class:`~pyro_twist.diffusion.GaussianDiffusion`.
+    :param float exponent: The exponent before learning, and its prior mean.
+    :param float spread: The prior standard deviation of the exponent.
+    :param float variance: The variance of data entries before learning; images in [-1, 1] have
+        about a quarter.
+    :param options: Further options of :class:`~pyro_twist.twists.LookaheadTwist`.
+    :raises ValueError: If the model has no noise levels.
+    """
+
+    exponent: torch.Tensor
+    variance: torch.Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        exponent: float = 0.15,
+        spread: float = 0.15,
+        variance: float = 0.25,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        if not hasattr(model, "schedule"):
+            raise ValueError(
+                f"{type(model).__name__} has no noise `schedule`, which DiscountedLookahead needs; "
+                "it is for diffusion models. Try CalibratedLookahead."
+            )
+        if exponent < 0 or spread <= 0:
+            raise ValueError(f"exponent={exponent}, spread={spread}; give 0 or more and above 0")
+        self.prior = (exponent, spread)
+        self.follows = (self.key,)
+        self.reads = (*self.reads, "x0_hat")
+        self.register_buffer("exponent", torch.tensor(exponent, dtype=torch.float64))
+        self.register_buffer("variance", torch.tensor(variance, dtype=torch.float64))
+        self.slopes.copy_(self._known() ** self.exponent)
+
+    def _known(self) -> torch.Tensor:
+        """The share that is known of the data at every time, from 0."""
+        steps = [self.model.schedule[t] for t in range(1, len(self.model.timesteps) + 1)]
+        signal = torch.tensor([step.alpha**2 for step in steps], dtype=torch.float64)
+        noise = torch.tensor([step.sigma**2 for step in steps], dtype=torch.float64)
+        share = signal * self.variance.cpu() / (signal * self.variance.cpu() + noise)
+        return torch.cat([torch.ones(1, dtype=torch.float64), share]).clamp(min=1e-12)
+
+    def observe(self, passes: Sequence[Pass]) -> None:
+        """Fits the exponent to consecutive look-aheads."""
+        ends = torch.cat([one.state["x"].flatten() for one in passes]).double()
+        self.variance.copy_(ends.var().clamp(min=1e-6))
+        known = self._known()
+        found = [pair for one in passes for pair in self._consecutive(one)]
+        mean, spread = self.prior
+        grid = torch.linspace(0.0, 1.5, 151, dtype=torch.float64)
+        fit = -0.5 * ((grid - mean) / spread).square()
+        noise = _noise_levels(found, len(known))
+        for before, after, early, late in found:
+            decay = (known[before] / known[after]) ** grid
+            missed = late[..., None] - decay * early[..., None]
+            fit = fit - 0.5 * missed.square().sum((0, 1)) / noise[after]
+        self.exponent.copy_(torch.softmax(fit, 0) @ grid)
+        self.slopes.copy_(known ** self.exponent.cpu())
+
+    def _consecutive(self, one: Pass) -> Iterator[_Pair]:
+        """Look-aheads before and after each step, less the mean of the population."""
+        key, time, _ = self.state_keys()
+        for sites in one.steps:
+            step = sites[0] if sites else None
+            if step is None or step.t is None or key not in step.state:
+                continue
+            after = step.after.get(key)
+            if after is None or step.t - 1 not in self.schedule:
+                continue
+            early, late = (v.reshape(len(v), -1).cpu() for v in (step.state[key], after))
+            before = int(step.state[time].reshape(-1)[0])
+            yield before, step.t - 1, early - early.mean(0), late - late.mean(0)
+
+
+_Pair = tuple[int, int, torch.Tensor, torch.Tensor]
+
+
+def _noise_levels(pairs: Sequence[_Pair], size: int) -> torch.Tensor:
+    """The variance of the change of a look-ahead at each time, smoothed over times."""
+    total, count = torch.zeros(2, size, dtype=torch.float64)
+    for _, after, early, late in pairs:
+        total[after] += (late - early).square().sum()
+        count[after] += max(late.numel() - late.shape[1], 1)
+    kernel = _smoother(size, 2.0 / size)
+    return ((kernel @ total) / (kernel @ count).clamp(min=1e-12)).clamp(min=1e-12)
 
 
 def _moments(

@@ -67,6 +67,9 @@ class LearnedTwist(Twist):
     #: classes that override one of these and do not say it again.
     reads: tuple[str, ...] | None = None
 
+    #: The entries of the state right after each step, before resampling, that ``observe`` reads.
+    follows: tuple[str, ...] = ()
+
     @property
     def needs_paths(self) -> bool:
         """Whether a fit reads the recorded steps, so that statistics of paths are not enough."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class PathStep:
     :param int population_axis: The batch dim of the populations, ``None`` if there is one.
     :param torch.Tensor emitted: The log of all factors and observations of the step, shaped like
         ``weights``.
+    :param dict after: Entries of the state right after the step, before any resampling; those that
+        twists ask for in ``follows``.
     :param torch.device device: Where fits compute with it, if it is kept elsewhere.
     """
 
@@ -59,6 +61,7 @@ class PathStep:
     base: torch.Tensor | None = None
     population_axis: int | None = None
     emitted: torch.Tensor | None = None
+    after: dict[Any, torch.Tensor] = field(default_factory=dict)
     device: torch.device | None = None
 
     @property
@@ -78,12 +81,22 @@ class PathStep:
         home = None if device is None else self.value.device
         return replace(replace(self, state=state)._carried(device), device=home)
 
+    def followed(self, emitted: torch.Tensor, after: dict[Any, Any], device: Any) -> PathStep:
+        """
+        The step with what came of it.
+
+        :param torch.Tensor emitted: See the class.
+        :param dict after: See the class.
+        :param torch.device device: Where to keep the tensors; where they are if ``None``.
+        """
+        return replace(self, emitted=_carried(emitted, device), after=_carried(after, device))
+
     def restored(self) -> PathStep:
         """The step with its tensors back where they were drawn."""
         return self if self.device is None else self._carried(self.device)
 
     def _carried(self, device: Any) -> PathStep:
-        names = ("args", "kwargs", "state", "prior", "value", "weights", "base", "emitted")
+        names = ("args", "kwargs", "state", "prior", "value", "weights", "base", "emitted", "after")
         moved = {name: _carried(getattr(self, name), device) for name in names}
         same = self.posterior is self.prior
         posterior = moved["prior"] if same else _carried(self.posterior, device)
