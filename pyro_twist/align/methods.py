@@ -221,8 +221,9 @@ register_method(
         "tri-tsmc",
         "TRI-TSMC",
         "Splits the budget into up to four passes, learns from each how to steer the next "
-        "(trust-region twisted SMC), and pools them; experimental.",
+        "(trust-region twisted SMC), and pools them.",
         "samples of the tilted law",
         _trust_region,
+        default=True,
     )
 )

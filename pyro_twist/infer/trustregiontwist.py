@@ -21,7 +21,7 @@ from pyro_twist.infer.increments import Increment, sample_sites
 from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.result import SMCResult
 from pyro_twist.infer.trustregion import Tempering, temper
-from pyro_twist.infer.twistedsmc import TwistedSMC
+from pyro_twist.infer.twistedsmc import SMCFailed, TwistedSMC
 from pyro_twist.twists.learned import (
     LinearTwist,
     add_pass,
@@ -55,11 +55,11 @@ def default_twist(model: Any) -> Any:
     """
     The twist that :class:`TrustRegionTwist` learns if it is given none.
 
-    For diffusion models with a terminal potential a calibrated look-ahead and a surrogate
+    For diffusion models with a terminal potential a discounted look-ahead and a surrogate
     direction; for other models a quadratic twist, learnt backwards in time up to 16 dimensions.
 
     :param model: A model with ``timesteps``.
-    :returns: A twist that is, at the start, plain look-ahead or identically one.
+    :returns: A twist that is, at the start, a look-ahead or identically one.
     """
     from pyro_twist.twists import (
         BackwardTwist,
@@ -150,7 +150,8 @@ class TrustRegionTwist(TwistedSMC):
 
     - ``"paths"``: :math:`N T D b (2 + q + r)` bytes, for the value, the kernel's mean, the
       proposal's (:math:`q = 1` where the twist tilts), and :math:`r` entries of the state that
-      fits read: those that the twist's ``reads`` names, all where it does not say;
+      fits read: those that the twist's ``reads`` names, all where it does not say, and, wherever
+      something was resampled, those of its ``follows``;
     - ``"statistics"``: :math:`8 B (2 N K + N' K^2)` bytes, for :math:`K` parameters in each of
       :math:`B` blocks, where :math:`N' = 1` if features and scale of the kernel are the same for
       all particles, and :math:`N` otherwise; briefly twice that while resampling. The number of
@@ -200,6 +201,7 @@ class TrustRegionTwist(TwistedSMC):
         self._steps: list[list[PathStep]] = []
         self._stopped = False
         self._open = False
+        self._lost: list[Counter[str]] = []
         super().__init__(model, guide, num_particles, max_plate_nesting, **options)
 
     # passes
@@ -208,11 +210,15 @@ class TrustRegionTwist(TwistedSMC):
         """
         Runs all passes and fits.
 
+        A pass in which every particle ends with weight zero counts as an estimate of zero, and
+        nothing is learnt from it.
+
         :returns: The particles of all passes, pooled.
         :rtype: SMCResult
+        :raises SMCFailed: If no particle of any pass has weight.
         """
         self.passes, self._results, self._etas, self.iterations = [], [], [], []
-        self._stopped = False
+        self._stopped, self._lost = False, []
         self._stream.restart()
         self._arguments = (args, kwargs)
         return self._go_on()
@@ -239,21 +245,37 @@ class TrustRegionTwist(TwistedSMC):
     def resume(self) -> SMCResult:
         """Goes on after a failure, in :meth:`run`: finishes the pass, and makes the others."""
         if self._open:  # a pass that was finished must not be counted twice
-            self._keep_pass(super().resume())
-        if len(self.iterations) < self.num_iterations:
-            self._update_unless_stopped()
+            self._attempt(lambda: self._keep_pass(super(TrustRegionTwist, self).resume()))
+        elif len(self.iterations) < len(self.passes):
+            self._update_if_due()
         return self._go_on()
 
     def _go_on(self) -> SMCResult:
         args, kwargs = self._arguments
-        while len(self.passes) <= self.num_iterations:
-            self.sample(*args, **kwargs)
-            if len(self.passes) <= self.num_iterations:
-                self._update_unless_stopped()
+        while self._passes_made <= self.num_iterations:
+            self._attempt(lambda: self.sample(*args, **kwargs))
         return self.pooled()
 
-    def _update_unless_stopped(self) -> None:
-        if not self._stopped:
+    @property
+    def _passes_made(self) -> int:
+        return len(self.passes) + len(self._lost)
+
+    def _attempt(self, make_pass: Callable[[], Any]) -> None:
+        """Makes a pass and learns from it, or counts it as lost."""
+        try:
+            make_pass()
+        except SMCFailed:
+            # of several populations one may have failed, and the others not
+            last = self._passes_made == self.num_iterations
+            if self.state._log_weights.dim() > 1 or (last and not self._results):
+                raise
+            self._lost.append(self._counts)
+            self._open = False
+        else:
+            self._update_if_due()
+
+    def _update_if_due(self) -> None:
+        if not self._stopped and self._passes_made <= self.num_iterations:
             self.update()
 
     def _keep_pass(self, result: SMCResult) -> None:
@@ -292,7 +314,19 @@ class TrustRegionTwist(TwistedSMC):
         """
         if not self._results:
             raise ValueError("there is no pass yet; call run, fit or sample")
-        return pool(self._results)
+        pooled = pool(self._results)
+        return self._with_lost(pooled) if self._lost else pooled
+
+    def _with_lost(self, pooled: SMCResult) -> SMCResult:
+        """Particles of weight zero are left out, but count in the mean."""
+        share = len(self.passes) / self._passes_made
+        counts = sum(self._lost, Counter(pooled.counts))
+        return replace(
+            pooled,
+            log_weights=pooled.log_weights + math.log(share),
+            log_normalizer=pooled.log_normalizer + math.log(share),
+            counts=dict(counts),
+        )
 
     def _restart_stream(self) -> None:
         """Passes follow one another on one stream."""

@@ -41,15 +41,28 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
         self.shrinkage, self.smoothing = shrinkage, smoothing
         ones = torch.ones(len(model.timesteps) + 1, dtype=torch.float64)
         self.register_buffer("slopes", ones)
-        self.reads: tuple[str, ...] = self.state_keys()
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The look-ahead."""
+        return self.state_keys()
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`~pyro_twist.twists.Twist.log_twist`."""
         now = self.time_after(t)
         if now in self.schedule:
             self._look(state, now)
-            state[f"{self.key}_log_twist"] = self.slopes[now] * state[self.key]
+            state[f"{self.key}_log_twist"] = self._sloped(state[self.key], self.slopes[now])
         return state.get(f"{self.key}_log_twist", 0.0)
+
+    def _sloped(self, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """Sloped where the reward is known; what a prediction forbids stays as far below."""
+        forbidden = self._forbidden(value)
+        return slope * value - torch.where(forbidden, (1 - slope) * self.floor, 0.0)
+
+    def _forbidden(self, value: torch.Tensor) -> torch.Tensor:
+        """Which look-aheads were minus infinity: they were put exactly so far below the best."""
+        return value == value.amax(0) - self.floor
 
     def observe(self, passes: Sequence[Pass]) -> None:
         """Regresses terminal log-potentials on look-aheads."""
@@ -86,7 +99,9 @@ class DiscountedLookahead(CalibratedLookahead):
     share of :math:`x_0` that :math:`x_t` tells is
     :math:`u_t = \\alpha_t^2 v_0 / (\\alpha_t^2 v_0 + \\sigma_t^2)`, and the slope of the
     look-ahead is :math:`u_t^p`. A reward that is linear in the prediction has the exponent 0; one
-    that depends on detail, or bends, is worth less the less is known, and a noisy one least.
+    that depends on detail is worth less the less is known, and a noisy one least. A bend is seen
+    only where particles are pushed: else the look-ahead of a quadratic changes by a number on
+    average, and its exponent is 0 as well.
 
     The exponent is the only number to learn. It is fitted, with a normal prior, to how far each
     look-ahead carried over to the next one, among the particles of a step: these pairs are before
@@ -103,6 +118,7 @@ class DiscountedLookahead(CalibratedLookahead):
 
     exponent: torch.Tensor
     variance: torch.Tensor
+    reads = CalibratedLookahead.reads
 
     def __init__(
         self,
@@ -123,10 +139,11 @@ class DiscountedLookahead(CalibratedLookahead):
             raise ValueError(f"exponent={exponent}, spread={spread}; give 0 or more and above 0")
         self.prior = (exponent, spread)
         self.follows = (self.key,)
-        self.reads = (*self.reads, "x0_hat")
         self.register_buffer("exponent", torch.tensor(exponent, dtype=torch.float64))
         self.register_buffer("variance", torch.tensor(variance, dtype=torch.float64))
         self.slopes.copy_(self._known() ** self.exponent)
+        #: The slopes before learning.
+        self.slopes_before = self.slopes.clone()
 
     def _known(self) -> torch.Tensor:
         """The share that is known of the data at every time, from 0."""
@@ -139,7 +156,8 @@ class DiscountedLookahead(CalibratedLookahead):
     def observe(self, passes: Sequence[Pass]) -> None:
         """Fits the exponent to consecutive look-aheads."""
         ends = torch.cat([one.state["x"].flatten() for one in passes]).double()
-        self.variance.copy_(ends.var().clamp(min=1e-6))
+        if len(ends) > 1:
+            self.variance.copy_(ends.var().clamp(min=1e-6))
         known = self._known()
         found = [pair for one in passes for pair in self._consecutive(one)]
         mean, spread = self.prior
@@ -165,7 +183,14 @@ class DiscountedLookahead(CalibratedLookahead):
                 continue
             early, late = (v.reshape(len(v), -1).cpu() for v in (step.state[key], after))
             before = int(step.state[time].reshape(-1)[0])
-            yield before, step.t - 1, early - early.mean(0), late - late.mean(0)
+            known = ~(self._forbidden(early) | self._forbidden(late))
+            yield before, step.t - 1, _deviations(early, known), _deviations(late, known)
+
+
+def _deviations(value: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Differences from the mean of the population, 0 where nothing is known."""
+    mean = torch.where(known, value, 0.0).sum(0) / known.sum(0).clamp(min=1)
+    return torch.where(known, value - mean, 0.0)
 
 
 _Pair = tuple[int, int, torch.Tensor, torch.Tensor]

@@ -32,7 +32,7 @@ class KernelRidge(torch.nn.Module):
     ================  =======================================================================
     ``"linear"``      linear ones
     ``"diagonal"``    a linear one plus a weight for the square of every coordinate
-    ``"quadratic"``   all quadratics, by the kernel ``u + u^2 / 2`` of the inner product ``u``
+    ``"quadratic"``   all quadratics, by the kernel ``(1 + u)^2 / 2`` of the inner product ``u``
     ``"kernel"``      smooth ones, by the Gaussian kernel of width two in units of the points
     ================  =======================================================================
 
@@ -110,8 +110,9 @@ class KernelRidge(torch.nn.Module):
         for k in fold.unique():
             kept = prepared.fold != k
             gram = prepared.grams[self.kind][kept][:, kept]
+            targets = prepared.targets[kept]
             self.points = prepared.points[kept]
-            self.coefficients = _solve(gram, prepared.targets[kept], ridge)
+            self.coefficients = _solve(gram, targets - targets.mean(), ridge)
             gradients[fold == k] = self.gradient(points[fold == k])
         self.points, self.coefficients = whole
         return gradients
@@ -144,7 +145,7 @@ class KernelRidge(torch.nn.Module):
         if kind == "linear":
             return inner
         if kind == "quadratic":
-            return inner + 0.5 * inner.square()
+            return 0.5 * (1 + inner).square()
         if kind == "diagonal":
             return inner + self._squared(a) @ self._squared(b).T
         distance = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * inner

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from pyro_twist.twists.families import ShiftTwist
-from pyro_twist.twists.ladder import CalibratedLookahead
-from pyro_twist.twists.surrogate import SurrogateTwist, _hat
+from pyro_twist.twists.ladder import CalibratedLookahead, DiscountedLookahead
+from pyro_twist.twists.surrogate import _MAX_GAIN, SurrogateTwist, _hat
 
 __all__ = ["Curve", "Direction", "Panel", "summarise"]
 
@@ -47,13 +47,13 @@ class Curve(Panel):
     :param steps: The steps, counted from 0, the initial draw, in the order they are taken.
     :param values: A number for each.
     :param str label: What the number is.
-    :param float reference: A value to compare with, such as that before learning.
+    :param reference: A value to compare with, such as that before learning, or one for each step.
     """
 
     steps: Sequence[int]
     values: Sequence[float]
     label: str
-    reference: float | None = None
+    reference: float | Sequence[float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,20 +81,40 @@ def summarise(twist: Any, at: torch.Tensor | None = None) -> list[Panel]:
     return []
 
 
+_SLOPE = (
+    "Before a sample is finished, the reward of its predicted end is looked at. The slope says "
+    "what a difference in that early value is worth: at 1 it is taken at face value, above 1 "
+    "amplified, below 1 discounted, at 0 ignored."
+)
+
+
 @summarise.register
 def _(twist: CalibratedLookahead, at: torch.Tensor | None = None) -> list[Panel]:
+    return [_slopes(twist, f"{_SLOPE} Before learning it is 1.", torch.ones_like(twist.slopes))]
+
+
+@summarise.register
+def _(twist: DiscountedLookahead, at: torch.Tensor | None = None) -> list[Panel]:
+    exponent, _ = twist.prior
+    text = (
+        f"{_SLOPE} It is the share of the end that is known, which grows step by step, to the "
+        f"power of {float(twist.exponent):.2g}, an exponent found by how far each look carried "
+        "over to the next: 0 believes every look, and the larger it is, the less are early looks "
+        f"believed. The line is the slope before learning, with the exponent {exponent:g}."
+    )
+    return [_slopes(twist, text, twist.slopes_before)]
+
+
+def _slopes(twist: CalibratedLookahead, text: str, before: torch.Tensor) -> Curve:
     times = [t for t in twist.model.timesteps if t in twist.schedule]
-    curve = Curve(
+    return Curve(
         "How far an early look is trusted",
-        "Before a sample is finished, the reward of its predicted end is looked at. The slope says "
-        "what a difference in that early value has been worth at the end: at 1 it is taken at face "
-        "value, above 1 amplified, below 1 discounted, at 0 ignored. Before learning it is 1.",
+        text,
         steps=[twist.model.timesteps[0] - t for t in times],
         values=[float(twist.slopes[t]) for t in times],
         label="slope",
-        reference=1.0,
+        reference=[float(before[t]) for t in times],
     )
-    return [curve]
 
 
 @summarise.register
@@ -106,23 +126,31 @@ def _(twist: SurrogateTwist, at: torch.Tensor | None = None) -> list[Panel]:
         )
         return [Panel("Where it pushes", text)]
     places = _centre(twist) if at is None else at
-    slope = twist.regression.gradient(places.reshape(len(places), -1)).reshape(places.shape)
-    change = PUSH * twist.data_variance.sqrt() * _unit(slope)
+    push = _unit(twist.full_tilt(places, _middle(twist)))
+    change = PUSH * _spread(twist) * push
     direction = Direction("Where it pushes", _direction_text(twist), places, change.to(places))
     return [direction, _gains(twist)]
+
+
+_KINDS = {
+    "linear": "a straight line",
+    "diagonal": "a curve for every frequency by itself",
+    "quadratic": "a quadratic",
+    "kernel": "a smooth function",
+}
 
 
 def _direction_text(twist: SurrogateTwist) -> str:
     # the score of a bad fit is negative, without bound
     share = max(0.0, twist.score)
-    text = (
-        f"A regression on {len(twist.regression.points)} predicted ends and their rewards stands "
-        "in for the reward, and samples are pushed along its slope. On predicted ends that it had "
-        f"not seen it explains {share:.0%} of the differences."
+    regression = twist.regression
+    return (
+        f"A regression on {len(regression.points)} predicted ends and their rewards, "
+        f"{_KINDS[regression.kind]}, stands in for the reward. On predicted ends that it had not "
+        f"seen it explains {share:.0%} of the differences. Samples are pushed along its slope, "
+        "each spatial frequency as far as the predicted end follows a push in it: what is shown "
+        "is the push in the middle of the run. Earlier it is coarser, later finer."
     )
-    if share > twist.gate:
-        return text
-    return f"{text} Below {twist.gate:.0%} only paths that bear it out can raise the push above 0."
 
 
 def _gains(twist: SurrogateTwist) -> Curve:
@@ -131,10 +159,10 @@ def _gains(twist: SurrogateTwist) -> Curve:
     shares = [_hat((t - 1) / times[0], twist.knots).double() for t in times]
     return Curve(
         "How hard it pushes",
-        "The share of the push that is applied: 0 is none, 1 as much as the regression asks for, "
-        f"at most {twist.cap:g} standard deviations of a step's noise. It is 0 before learning, "
-        "then the share of differences that the regression explains, corrected by what the paths "
-        "have shown.",
+        "By how much the push is multiplied, from 0, none, over 1, as much as the regression asks "
+        f"for, to {_MAX_GAIN:g}; at 1 the push is at most {twist.cap:g} standard deviations of a "
+        "step's noise. It is 0 before learning, then what best explains how the value of a sample "
+        "changed with the noise that it met, corrected by what the paths have shown.",
         steps=[times[0] - t + 1 for t in times],
         values=[float(theta @ share) for share in shares],
         label="gain",
@@ -143,7 +171,18 @@ def _gains(twist: SurrogateTwist) -> Curve:
 
 
 def _centre(twist: SurrogateTwist) -> torch.Tensor:
-    return twist.regression.centre.reshape((1, *twist.model.event_shape)).float()
+    middle = twist.spectrum.inverse(twist.regression.centre[None])
+    return middle.reshape((1, *twist.model.event_shape)).float()
+
+
+def _middle(twist: SurrogateTwist) -> int:
+    times = twist.model.timesteps
+    return int(times[len(times) // 2])
+
+
+def _spread(twist: SurrogateTwist) -> torch.Tensor:
+    """The standard deviation of an entry of the predicted ends."""
+    return twist.regression.width / len(twist.regression.centre) ** 0.5
 
 
 def _unit(slope: torch.Tensor) -> torch.Tensor:

@@ -89,8 +89,12 @@ class SurrogateTwist(LinearTwist):
         self.knots, self.cap, self.gain, self.fitted, self.key = knots, cap, gain, fitted, key
         self.regression = KernelRidge(surrogate)
         self.spectrum = Spectrum(model.event_shape if spectral else (model.event_shape.numel(),))
-        self.reads = ("x0_hat", key, f"{key}_time", f"{key}_log_twist")
-        self.follows = ("x0_hat", f"{key}_log_twist")
+        self.follows = ("x0_hat", f"{key}_time", f"{key}_log_twist")
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The prediction and the look-ahead at it."""
+        return ("x0_hat", self.key, f"{self.key}_time", f"{self.key}_log_twist")
 
     @property
     def score(self) -> float:
@@ -137,11 +141,12 @@ class SurrogateTwist(LinearTwist):
         information = torch.zeros(self.knots, self.knots, dtype=torch.float64)
         score, rows = torch.zeros(self.knots, dtype=torch.float64), 0
         for step, gradient in self._with_gradients(passes, gradients):
-            expected, change = self._expected(step, gradient), self._change(step)
+            change = self._change(step)
+            expected = _centred(self._expected(step, gradient).reshape(change.shape))
             share = _hat((int(step.t or 0) - 1) / self.model.timesteps[0], self.knots).double()
-            information += expected.square().sum() * share[:, None] * share
-            score += (expected * change).sum() * share
-            rows += len(change)
+            information += float(expected.square().sum()) * share[:, None] * share
+            score += float((expected * _centred(change)).sum()) * share
+            rows += change.numel()
         # the prior is the score of the surrogate, and is worth ten particles' steps
         prior = 10.0 / max(rows, 1) * information.diagonal().mean().clamp(min=1e-12)
         start = torch.full_like(score, max(self.score, 0.0))
@@ -159,7 +164,7 @@ class SurrogateTwist(LinearTwist):
                     continue
                 rows = step.state[self.key].numel()
                 gradient, start = gradients[start : start + rows], start + rows
-                if self._drawn(step) and f"{self.key}_log_twist" in step.after:
+                if self._drawn(step) and _time(step.after, self.key) == int(step.t or 0) - 1:
                     yield step, gradient
 
     def _expected(self, step: PathStep, gradient: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ class SurrogateTwist(LinearTwist):
 
     def _change(self, step: PathStep) -> Tensor:
         name = f"{self.key}_log_twist"
-        return (step.after[name] - step.state[name]).reshape(-1)
+        return step.after[name] - step.state[name]
 
     def _looks(self, passes: Sequence[Pass]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Predictions with their log-potentials, and the pass and first ancestor of each."""
@@ -182,9 +187,7 @@ class SurrogateTwist(LinearTwist):
 
     def _looked(self, step: PathStep) -> bool:
         """Whether there was a look-ahead just before the step."""
-        if step.t is None or self.key not in step.state:
-            return False
-        return int(step.state[f"{self.key}_time"].reshape(-1)[0]) == step.t
+        return step.t is not None and _time(step.state, self.key) == step.t
 
     def _drawn(self, step: PathStep) -> bool:
         # the last step leads to the data themselves, and has no look-ahead
@@ -220,14 +223,24 @@ class SurrogateTwist(LinearTwist):
         return shares.to(direction).reshape((-1,) + (1,) * direction.dim()) * direction
 
     def _direction(self, x0_hat: Tensor, t: int, std: Tensor) -> Tensor:
-        gradient = self.gradient(x0_hat)
-        response = self.spectrum.response(*self._levels(t - 1))
-        tilt = self.spectrum.inverse(response * gradient).reshape(x0_hat.shape)
+        tilt = self.full_tilt(x0_hat, t)
         norm = self._flat(tilt * std.double()).norm(dim=1)
         shrink = (self.cap / norm.clamp(min=1e-300)).clamp(max=1.0)
         event_dim = len(self.model.event_shape)
         shape = x0_hat.shape[: x0_hat.dim() - event_dim] + (1,) * event_dim
         return (tilt * shrink.reshape(shape)).to(x0_hat.dtype)
+
+    def full_tilt(self, x0_hat: Tensor, t: int) -> Tensor:
+        """
+        The tilt at gain 1, without the cap: the gradient of the surrogate, carried to the state.
+
+        :param Tensor x0_hat: Predictions of shape ``batch_shape + event_shape``.
+        :param int t: The time index of the step, which leads to ``t - 1``.
+        :returns: Of the same shape, in float64.
+        :rtype: Tensor
+        """
+        response = self.spectrum.response(*self._levels(t - 1))
+        return self.spectrum.inverse(response * self.gradient(x0_hat)).reshape(x0_hat.shape)
 
     def gradient(self, x0_hat: Tensor) -> Tensor:
         """
@@ -258,6 +271,16 @@ def _hat(position: float, knots: int) -> Tensor:
     return (1 - distance).clamp(min=0)
 
 
+def _time(state: dict[Any, Tensor], key: str) -> int | None:
+    """When the latest look-ahead was made."""
+    return int(state[f"{key}_time"].reshape(-1)[0]) if f"{key}_time" in state else None
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Less the mean of the population, which depends on where the reward has its zero."""
+    return values - values.mean(0)
+
+
 def _steps(one: Pass) -> list[PathStep]:
     """The first site of every step, back where fits compute."""
     return [sites[0].restored() for sites in one.steps if sites]
@@ -266,7 +289,8 @@ def _steps(one: Pass) -> list[PathStep]:
 def _roots(one: Pass) -> list[Tensor]:
     """For every step the first ancestor of each particle, before the step's resampling."""
     like = one.log_path
-    root = torch.arange(like.numel(), device=like.device).reshape(like.shape)
+    # one population after the other, so that neighbours are particles: folds take turns
+    root = torch.arange(like.numel(), device=like.device).reshape(like.shape[::-1]).movedim(-1, 0)
     roots = []
     for sites, index in zip(one.steps, one.ancestors, strict=True):
         if sites:

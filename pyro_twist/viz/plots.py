@@ -31,14 +31,21 @@ class StepSeries:
     :param steps: The steps.
     :param values: A number for each.
     :param str label: The label of the axis of values.
-    :param float reference: Where to draw a dotted line.
+    :param reference: Where to draw a dotted line: a number, or one for each step.
     """
 
     title: str
     steps: Sequence[int]
     values: Sequence[float]
     label: str
-    reference: float | None = None
+    reference: float | Sequence[float] | None = None
+
+    @property
+    def references(self) -> Sequence[float]:
+        """The reference for every step; empty if there is none."""
+        if self.reference is None or isinstance(self.reference, Sequence):
+            return self.reference or ()
+        return [self.reference] * len(self.steps)
 
 
 @dataclass(frozen=True)
@@ -123,11 +130,14 @@ def plot_series(series: Sequence[StepSeries], *, last: int | None = None) -> Fig
 
 
 def _draw_series(axis: Axes, series: StepSeries, end: int) -> None:
-    known = [0.0, 1.0] if series.reference is None else [0.0, 1.0, series.reference]
+    known = [0.0, 1.0, *series.references]
+    style: dict[str, Any] = {"color": SOFT, "linewidth": 0.9, "linestyle": ":"}
     top = max(*known, *series.values)
     axis.plot(series.steps, series.values, color=ACCENT, linewidth=1.8)
-    if series.reference is not None:
-        axis.axhline(series.reference, color=SOFT, linewidth=0.9, linestyle=":", zorder=0)
+    if isinstance(series.reference, Sequence):
+        axis.plot(series.steps, series.reference, **style, zorder=0)
+    elif series.reference is not None:
+        axis.axhline(series.reference, **style, zorder=0)
     # a margin, so that lines at the edge of the range can be seen
     axis.set(xlim=(0, max(end, 1)), ylim=(min(*known, *series.values) - 0.04 * top, 1.08 * top))
     axis.set(xlabel="step, from noise to sample", ylabel=series.label)

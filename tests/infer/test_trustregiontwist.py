@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_twist.infer import TrustRegionTwist, TwistedSMC, pool
+from pyro_twist.infer import SMCFailed, TrustRegionTwist, TwistedSMC, pool
 from pyro_twist.infer.trustregion import temper
 from pyro_twist.twists import (
     BackwardTwist,
@@ -27,7 +27,7 @@ from pyro_twist.twists import (
     Twist,
 )
 from tests.oracles import LinearGaussianChain
-from tests.statistics import assert_tilted_mean, assert_unbiased
+from tests.statistics import assert_mean, assert_tilted_mean, assert_unbiased
 
 RECORDS = ("paths", "statistics")
 
@@ -503,10 +503,14 @@ def test_statistics_are_refused_where_they_are_not_enough() -> None:
 def test_only_entries_that_are_read_are_recorded() -> None:
     chain = LinearGaussianChain(3, dim=2)
     everything = {"x", "x0_hat"}
-    looking = everything | {"lookahead", "lookahead_time", "lookahead_log_twist"}
+    looking = {"lookahead", "lookahead_time", "lookahead_log_twist"}
 
     class Asking(Pull):
         reads = ("x",)
+
+    class Watching(CalibratedLookahead):
+        def observe(self, passes: Any) -> None:
+            """May read anything."""
 
     for twist, expected in [
         (ShiftTwist(chain), set()),
@@ -516,6 +520,7 @@ def test_only_entries_that_are_read_are_recorded() -> None:
         (Pull(chain), everything),
         (Asking(chain) + QuadraticTwist(chain), {"x"}),
         (SumTwist(ShiftTwist(chain), CalibratedLookahead(chain)), looking),
+        (Watching(chain), everything | looking),
     ]:
         smc = TrustRegionTwist(chain, twist, 4, seed=0)
         smc.sample()
@@ -585,3 +590,102 @@ def test_no_graph_is_recorded(record: Any) -> None:
     smc.sample()
     tensors = list(recorded([smc.passes[0].steps, smc.passes[0].statistics]))
     assert tensors and not any(one.requires_grad for one in tensors)
+
+
+def test_a_lost_pass_counts_as_zero() -> None:
+    """A hard constraint that every other particle meets: the mean is its probability, 1e-6."""
+    found, lost = [], 0
+    for seed in range(400):
+        chain = Positive(3, dim=1)
+        smc = TrustRegionTwist(chain, ShiftTwist(chain), 1, num_iterations=2, seed=seed)
+        try:
+            result = smc.run()
+        except SMCFailed:
+            found.append(0.0)
+            continue
+        lost += result.num_particles < 3
+        assert result.counts == {"denoiser": 9}
+        mean = torch.logsumexp(result.log_weights, 0) - math.log(result.num_particles)
+        assert mean.item() == pytest.approx(result.log_normalizer.item())
+        found.append(float(result.log_normalizer.exp()))
+    assert lost > 200
+    assert_mean(torch.tensor(found), 0.5, max_relative_sd=0.05)
+
+
+class Eager(LinearTwist):
+    """Fits to whatever it sees, in place, and so far that held-out paths refuse."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, 2, ridge=1e-3)
+
+    def features(self, name: str, prior: Any) -> torch.Tensor | None:
+        size = prior.batch_shape + prior.event_shape
+        return torch.randn((2, *size), generator=torch.Generator().manual_seed(len(name)))
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, smc: TrustRegionTwist) -> list[torch.Tensor]:
+    """The parameters from which every fit starts."""
+    from pyro_twist.infer import trustregiontwist as module
+
+    starts: list[torch.Tensor] = []
+    original = module.fit_likelihood
+
+    def watched(twist: Any, batches: Any) -> None:
+        starts.append(smc.guide.theta.detach().clone())
+        original(twist, batches)
+
+    monkeypatch.setattr(module, "fit_likelihood", watched)
+    return starts
+
+
+START = torch.tensor([[0.07, -0.05]])
+
+
+def started(seed: int) -> TrustRegionTwist:
+    chain = LinearGaussianChain(3, k=1.0, dim=2)
+    smc = TrustRegionTwist(chain, Eager(chain), 16, seed=seed)
+    with torch.no_grad():
+        smc.guide.theta.copy_(START)
+    smc.sample()
+    return smc
+
+
+def test_rejected_steps_leave_the_parameters_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits write in place, and parameters that are made of a vector share its memory."""
+    rejected = 0
+    for seed in range(30):
+        smc = started(seed)
+        starts = watch(monkeypatch, smc)
+        if smc.update().step == 0.0:
+            rejected += 1
+            assert torch.equal(smc.guide.theta.detach(), START)
+        assert len(starts) in (4, 5) and all(torch.equal(one, START) for one in starts)
+    assert 5 <= rejected < 30
+
+
+@pytest.mark.parametrize("accepted", [0.25, 1.0])
+def test_accepted_steps_go_that_share_of_the_way(
+    accepted: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smc = started(0)
+    original = smc._accepted
+    monkeypatch.setattr(smc, "_accepted", lambda *args: original(*args) and accepted)
+    assert smc.update().step == accepted
+    fitted = smc.guide.solve([smc._evidence(smc.iterations[-1].tau)(None, True)[0]])
+    expected = START + accepted * (fitted - START)
+    assert torch.allclose(smc.guide.theta.detach(), expected.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_parameters_share_no_memory_with_what_was_kept(guard: bool) -> None:
+    """What a fit or a user writes into them stays in them."""
+    chain = LinearGaussianChain(3, k=1.0, dim=2)
+    smc = TrustRegionTwist(
+        chain, ShiftTwist(chain) + QuadraticTwist(chain), 16, guard=guard, seed=0
+    )
+    smc.fit(1)
+    first, *others = (p for p in smc.guide.parameters())
+    kept = [one.detach().clone() for one in others]
+    with torch.no_grad():
+        first.fill_(7.0)
+    assert all(torch.equal(*pair) for pair in zip(others, kept, strict=True))

@@ -16,12 +16,13 @@ made from that file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ import torch
 from torch import Tensor
 
 from pyro_twist import zoo
-from pyro_twist.infer import ImportanceSampling, SMCResult, TrustRegionTwist, TwistedSMC, pool
+from pyro_twist.infer import (
+    ImportanceSampling,
+    SMCFailed,
+    SMCResult,
+    TrustRegionTwist,
+    TwistedSMC,
+    pool,
+)
 from pyro_twist.infer.weights import effective_sample_size
 from pyro_twist.twists import DiscountedLookahead, LookaheadTwist, SurrogateTwist
 from tests.perf.tasks import TASKS, Task, base_model, make_model
@@ -66,9 +74,16 @@ def _few(model: Any, n: int, seed: int) -> Results:
 
 
 def _pooled(model: Any, n: int, seed: int) -> Results:
-    seeds = [10_000 + PASSES * seed + k for k in range(PASSES)]
-    runs = [TwistedSMC(model, LookaheadTwist(model), n, **_options(s)).run() for s in seeds]
-    return {"fk-pooled": pool(runs)}
+    found = []
+    for k in range(PASSES):
+        options = _options(10_000 + PASSES * seed + k)
+        with contextlib.suppress(SMCFailed):  # an estimate of zero
+            found.append(TwistedSMC(model, LookaheadTwist(model), n, **options).run())
+    if not found:
+        raise SMCFailed("no particle of any run has weight")
+    pooled, share = pool(found), math.log(len(found) / PASSES)
+    log_weights, log_normalizer = pooled.log_weights + share, pooled.log_normalizer + share
+    return {"fk-pooled": replace(pooled, log_weights=log_weights, log_normalizer=log_normalizer)}
 
 
 def _learned(name: str, make: Callable[[Any], Any] | None = None, **options: Any) -> Arm:
@@ -121,6 +136,8 @@ def _long_learned(model: Any, n: int, seed: int) -> Results:
     return {"reference tri": TwistedSMC(model, twist, n, **_options(seed + 1)).run()}
 
 
+# what an arm is reported as, where that is not its name alone
+LABELS = {"importance": ("importance", "best-of-n"), "tri": ("tri", "tri, last pass")}
 REFERENCES = {"reference fk": _long_steering, "reference tri": _long_learned}
 
 
@@ -149,12 +166,26 @@ def run(job: Job) -> list[dict[str, Any]]:
         arm = {**ARMS, **ABLATIONS, **REFERENCES}[name]
         start = time.perf_counter()
         torch.manual_seed(job.seed)  # for rewards that draw noise
-        found = arm(make_model(task), job.size, job.seed)
+        model = make_model(task)
+        before = dict(model.counts)
+        try:
+            found = arm(model, job.size, job.seed)
+        except SMCFailed:  # a hard constraint that no particle meets: an estimate of zero
+            spent = {key: value - before[key] for key, value in model.counts.items()}
+            rows += [failed(job, label, spent) for label in LABELS.get(name, (name,))]
+            continue
         seconds = round(time.perf_counter() - start, 3)
         for label, result in found.items():
             row = {"task": task.name, "size": job.size, "seed": job.seed, "arm": label}
             rows.append({**row, "seconds": seconds, **figures(task, label, result)})
     return rows
+
+
+def failed(job: Job, label: str, counts: dict[str, int]) -> dict[str, Any]:
+    """The row of an arm in which no particle had weight."""
+    row = {"task": job.task, "size": job.size, "seed": job.seed, "arm": label, "seconds": 0.0}
+    row |= dict.fromkeys(("log_z", "reward", "best", "judge", "diversity", "ess"))
+    return {**row, "denoiser": counts["denoiser"], "reward_calls": counts["reward"]}
 
 
 def figures(task: Task, label: str, result: SMCResult) -> dict[str, Any]:
@@ -265,6 +296,7 @@ def main() -> None:
     parser.add_argument("--references", action="store_true", help="long reference runs too")
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), help="only these tasks")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="only so many seeds")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[4, 16], help="particles in a pass")
     parser.add_argument("--rows", type=Path, default=Path("results/compare/rows.jsonl"))
     parser.add_argument("--known", type=Path, default=FOLDER / "references.jsonl")
     parser.add_argument("--workers", type=int, default=2)
@@ -275,7 +307,7 @@ def main() -> None:
     if not options.only_report:
         jobs = plan(options.full, options.ablations, options.references)
         wanted = [j for j in jobs if not options.tasks or j.task in options.tasks]
-        wanted = [j for j in wanted if j.seed < options.seeds or j.arms[0] in REFERENCES]
+        wanted = [j for j in wanted if j.arms[0] in REFERENCES or _is_chosen(j, options)]
         left = missing(wanted, rows + read(options.known))
         _run_all(left, options.rows, options.workers)
         rows = read(options.rows)
@@ -283,6 +315,10 @@ def main() -> None:
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
+
+
+def _is_chosen(job: Job, options: argparse.Namespace) -> bool:
+    return job.seed < options.seeds and job.size in options.sizes
 
 
 def _run_all(jobs: list[Job], path: Path, workers: int) -> None:

@@ -26,7 +26,7 @@ from pyro_twist.rewards import Reward, RewardTilted, classifier_log_prob, image_
 __all__ = ["TASKS", "Task", "make_model", "base_model"]
 
 STEPS = 25
-INK_LEVEL = 0.347
+INK_LEVEL = 0.329
 NOISY_SPREAD = 0.0275
 
 
@@ -86,7 +86,7 @@ def _either() -> Reward:
 
 
 def _dense() -> Reward:
-    """Minus infinity below a level of ink that one base sample in ten reaches; smoother above."""
+    """Minus infinity below a level of ink that one base sample in five reaches; smoother above."""
     ink, smooth = image_reward("bright"), image_reward("smooth")
 
     def value(images: Tensor) -> Tensor:

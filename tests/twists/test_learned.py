@@ -13,7 +13,6 @@ import torch
 from pyro_twist.infer import TrustRegionTwist, TwistedSMC
 from pyro_twist.twists import (
     CalibratedLookahead,
-    KernelRidge,
     LearnedTwist,
     LookaheadTwist,
     NeuralTwist,
@@ -136,47 +135,6 @@ def test_slopes_of_a_useless_and_a_perfect_look_ahead() -> None:
     smc.fit(1)
     slopes = smc.guide.slopes
     assert slopes[3:].max() < 0.3 and 0.8 < slopes[1:3].min() <= slopes[1:3].max() < 1.2
-
-
-@pytest.mark.parametrize("kind", ["linear", "quadratic", "kernel"])
-def test_regression(kind: Any) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(300, 5)
-    y = 2 * x[:, 0] - x[:, 1] + (0.0 if kind == "linear" else 0.5) * x[:, 2] ** 2
-    fit = KernelRidge(kind).fit(x, y, torch.arange(300) // 3)
-    assert fit.score > 0.8
-    gradient = fit.gradient(x)
-    expected = torch.zeros(300, 5, dtype=torch.float64)
-    expected[:, 0], expected[:, 1] = 2, -1
-    expected[:, 2] = 0 if kind == "linear" else x[:, 2].double()
-    error = (gradient - expected).square().mean() / expected.square().mean()
-    assert error < (0.15 if kind == "kernel" else 0.04)
-
-
-def test_regression_gradient_by_differences() -> None:
-    torch.manual_seed(0)
-    x, y = torch.randn(40, 3), torch.randn(40)
-    for kind in ("linear", "quadratic", "kernel"):
-        fit = KernelRidge(kind).fit(x, y, torch.arange(40))  # type: ignore[arg-type]
-
-        def value(points: torch.Tensor, fit: KernelRidge = fit) -> torch.Tensor:
-            p = (points - fit.centre) / fit.width
-            return fit._kernel(p @ fit.points.T, p, fit.points) @ fit.coefficients
-
-        points = torch.randn(4, 3, dtype=torch.float64)
-        shift = 1e-5 * torch.eye(3, dtype=torch.float64)
-        difference = torch.stack(
-            [(value(points + e) - value(points - e)) / 2e-5 for e in shift], -1
-        )
-        assert torch.allclose(fit.gradient(points), difference, atol=1e-6)
-
-
-def test_regression_knows_when_it_knows_nothing() -> None:
-    torch.manual_seed(0)
-    fit = KernelRidge("kernel").fit(torch.randn(200, 50), torch.randn(200), torch.arange(200))
-    assert fit.score < 0.1
-    with pytest.raises(ValueError, match="surrogate='cubic'"):
-        KernelRidge("cubic")  # type: ignore[arg-type]
 
 
 def test_low_frequencies_are_orthonormal() -> None:

@@ -12,7 +12,13 @@ import torch
 
 from pyro_twist import GaussianDiffusion, RewardTilted, TrustRegionTwist, TwistedSMC, zoo
 from pyro_twist.infer import default_twist
-from pyro_twist.twists import CalibratedLookahead, ShiftTwist, SurrogateTwist, Twist
+from pyro_twist.twists import (
+    CalibratedLookahead,
+    DiscountedLookahead,
+    ShiftTwist,
+    SurrogateTwist,
+    Twist,
+)
 from pyro_twist.twists.summary import Curve, Direction, Panel
 from tests.oracles import LinearGaussianChain
 
@@ -51,20 +57,45 @@ def test_direction_is_the_gradient(fitted: TrustRegionTwist) -> None:
 
 
 def test_direction_at_other_places(fitted: TrustRegionTwist) -> None:
+    """It is what the kernel of the middle step is tilted by, and is as long as can be seen."""
     at = torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.3)])
     surrogate = fitted.guide.parts()[1]
     panel = find(fitted.guide.summary(at), Direction)
     assert torch.equal(panel.at, at)
-    slope = surrogate.regression.gradient(at.flatten(1)).float()
-    assert torch.cosine_similarity(panel.change.flatten(1), slope).min() > 1 - 1e-5
+    tilt = tilts(surrogate, at, STEPS // 2).flatten(1)
+    assert torch.cosine_similarity(panel.change.flatten(1), tilt).min() > 1 - 1e-5
+    gradient = surrogate.spectrum.inverse(surrogate.gradient(at)).flatten(1).float()
+    assert torch.cosine_similarity(panel.change.flatten(1), gradient).max() < 0.99
     size = panel.change.square().flatten(1).mean(1).sqrt()
-    assert size.tolist() == pytest.approx([0.5 * float(surrogate.data_variance) ** 0.5] * 2)
+    assert size.tolist() == pytest.approx([0.5 * float(surrogate.regression.width) / 8] * 2)
+
+
+def tilts(surrogate: SurrogateTwist, x0_hat: torch.Tensor, t: int) -> torch.Tensor:
+    """What a kernel is tilted by if all gains are 1."""
+    prior = torch.distributions.Normal(torch.zeros_like(x0_hat), 0.5)
+    surrogate.stepping = True
+    surrogate.args_kwargs = (({"x0_hat": x0_hat}, t), {})
+    features = surrogate.features("x", torch.distributions.Independent(prior, 3))
+    del surrogate.args_kwargs
+    return features.sum(0)
+
+
+def test_words_of_the_regression(fitted: TrustRegionTwist) -> None:
+    surrogate = fitted.guide.parts()[1]
+    text = find(fitted.guide.summary(), Direction).text
+    known = {"linear": "straight line", "diagonal": "every frequency", "quadratic": "a quadratic"}
+    assert known[surrogate.regression.kind] in text
+    assert f"explains {surrogate.score:.0%} of" in text and "middle of the run" in text
 
 
 def test_slopes_are_those_in_force(fitted: TrustRegionTwist) -> None:
     ladder = fitted.guide.parts()[0]
     panel = find(ladder.summary(), Curve)
     assert list(panel.steps) == list(range(STEPS))
+    assert f"the power of {float(ladder.exponent):.2g}" in panel.text
+    before = DiscountedLookahead(fitted.model)
+    assert list(panel.reference) == [float(before.slopes[t]) for t in fitted.model.timesteps]
+    assert list(panel.values) != list(panel.reference)
     smc = TwistedSMC(fitted.model, ladder, 4, seed=1, progress=False)
     smc.init()
     for value, t in zip(panel.values, [None, *fitted.model.timesteps]):
@@ -94,13 +125,22 @@ def test_gains_are_those_in_force(fitted: TrustRegionTwist) -> None:
 def test_before_learning() -> None:
     model = tilted(3)
     slopes, pushes = default_twist(model).summary()
-    assert set(slopes.values) == {1.0}
+    share = [_share(model.schedule[t]) for t in model.timesteps]
+    assert list(slopes.values) == pytest.approx([one**0.15 for one in share])
+    assert list(slopes.reference) == list(slopes.values) and "exponent 0.15" in slopes.text
     assert type(pushes) is Panel and pushes.text.startswith("None: too few")
+    [calibrated] = CalibratedLookahead(model).summary()
+    assert set(calibrated.values) == set(calibrated.reference) == {1.0}
+
+
+def _share(step: Any) -> float:
+    """What is known of images of variance 1/4."""
+    return step.alpha**2 / 4 / (step.alpha**2 / 4 + step.sigma**2)
 
 
 def test_scheduled_looks_only() -> None:
     [panel] = CalibratedLookahead(tilted(3), every=2).summary()
-    assert list(panel.steps) == [0, 2, 4]
+    assert list(panel.steps) == [0, 2, 4] and len(panel.reference) == 3
 
 
 def test_a_useless_regression_says_so() -> None:
@@ -109,8 +149,7 @@ def test_a_useless_regression_says_so() -> None:
     noise = torch.randn(40, generator=torch.Generator().manual_seed(1))
     twist.regression.fit(points, noise, torch.arange(40))
     assert twist.score < 0
-    text = find(twist.summary(), Direction).text
-    assert "explains 0% of" in text and "Below 10%" in text
+    assert "explains 0% of" in find(twist.summary(), Direction).text
 
 
 def test_shifts_and_twists_without_anything_to_say() -> None:

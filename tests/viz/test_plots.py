@@ -19,6 +19,16 @@ def test_series_are_drawn_side_by_side() -> None:
     assert Figure(figure).to_html().startswith("<figure><img")
 
 
+def test_a_reference_for_every_step() -> None:
+    series = StepSeries("Slopes", [0, 1, 2], [0.2, 0.4, 0.5], "slope", [0.1, 1.2, 2.0])
+    [axis] = plot_series([series]).axes
+    drawn, dotted = axis.get_lines()
+    assert drawn.get_ydata().tolist() == [0.2, 0.4, 0.5]
+    assert dotted.get_xdata().tolist() == [0, 1, 2] and dotted.get_linestyle() == ":"
+    assert dotted.get_ydata().tolist() == [0.1, 1.2, 2.0]
+    assert axis.get_ylim()[1] > 2.0
+
+
 def test_one_step() -> None:
     [axis] = plot_series([StepSeries("One", [0], [0.0], "x")]).axes
     assert axis.get_xlim() == (0, 1)
