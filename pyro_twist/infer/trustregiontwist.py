@@ -82,7 +82,7 @@ class Iteration:
 
     :param float tau: The tempering exponent.
     :param float kl: The divergence of the tempered law from the current one, in nats.
-    :param float eta: How far along the way to the target the iterations have come, from 0 to 1.
+    :param float eta: How far along the way to the target the accepted steps have come, from 0 to 1.
     :param float ess: Effective sample size of the pass, as a share of its particles.
     :param float path_ess: The same for the weights of whole paths.
     :param float chi_square: Estimated chi-square divergence of the target from the current law.

@@ -164,7 +164,7 @@ def test_hardly_any_particles(tmp_path: Path, particles: int) -> None:
 
 
 def test_one_step(tmp_path: Path) -> None:
-    assert len(run(tmp_path, steps=1).arms) == 3
+    assert len(run(tmp_path, steps=1).arms) == len(align.default_methods())
 
 
 def test_files(tmp_path: Path) -> None:
@@ -172,9 +172,10 @@ def test_files(tmp_path: Path) -> None:
     page = align.write_report(outcome)
     assert page == tmp_path / "report.html"
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
-    plots = {"grid.png", "rewards.png", "steps-fk.png"}
-    arms = {f"samples/{name}.npz" for name in ("base", "best-of-n", "fk")}
-    assert names == {"report.html", "results.json", *plots, *arms}
+    plots = {"grid.png", "rewards.png", "steps-fk.png", "steps-tri-tsmc.png"}
+    learned = {f"{kind}-tri-tsmc.png" for kind in ("push", "twist", "iterations")}
+    arms = {f"samples/{name}.npz" for name in ("base", "best-of-n", "fk", "tri-tsmc")}
+    assert names == {"report.html", "results.json", "twist.safetensors", *plots, *learned, *arms}
     text = page.read_text(encoding="utf-8")
     assert "http" not in text
     assert all(word in text for word in ("λ = ", "best-of-n", "log Z", "pyro-twist align"))
@@ -201,7 +202,7 @@ def test_results_are_strict_json(tmp_path: Path) -> None:
 
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert found["error"] is None
-    assert [method["name"] for method in found["methods"]] == ["base", "best-of-n", "fk"]
+    assert [method["name"] for method in found["methods"]] == ["base", "best-of-n", "fk", "tri-tsmc"]
     assert found["methods"][0]["scores"][0]["reward_mean"]["limited"] == "-inf"
     assert found["options"]["particles"] == SIZE
     assert found["rewards"][0]["scale"] == outcome.strengths[0].scale
@@ -234,7 +235,7 @@ def test_a_method_that_loses_all_particles_does_not_end_the_job(tmp_path: Path) 
 
     outcome = run(tmp_path, rewards=(impossible,), scales=(1.0,))
     assert [arm.method.name for arm in outcome.arms] == ["base"]
-    assert set(outcome.failures) == {"best-of-n", "fk"}
+    assert set(outcome.failures) == {"best-of-n", "fk", "tri-tsmc"}
     assert "fk failed" in align.write_report(outcome).read_text(encoding="utf-8")
 
 
@@ -307,16 +308,17 @@ def test_progress_adds_up(tmp_path: Path) -> None:
 
         def advance(self, done: int, ess: float, log_normalizer: float) -> None:
             assert 0 < ess <= 48 + 1e-6
-            assert math.isnan(log_normalizer) == (self.seen[-1][0] != "FK steering")
+            weighted = self.seen[-1][0] in ("FK steering", "TRI-TSMC")
+            assert math.isnan(log_normalizer) != weighted
             self.done.append(done)
 
     recorder = Recorder()
     options = AlignOptions(model="digits", steps=STEPS, particles=SIZE, out=tmp_path)
     align.run(options, progress=recorder, save=False)
-    titles = ("Base model", "Measuring the reward", "Best of N", "FK steering")
-    sizes = (SIZE, 48, SIZE, SIZE)
+    titles = ("Base model", "Measuring the reward", "Best of N", "FK steering", "TRI-TSMC")
+    sizes = (SIZE, 48, SIZE, SIZE, SIZE)
     assert recorder.seen == [(t, STEPS * n) for t, n in zip(titles, sizes, strict=True)]
-    assert recorder.done.count(STEPS * SIZE) >= 3
+    assert recorder.done.count(STEPS * SIZE) >= 4
 
 
 def test_ancestors_are_counted(tmp_path: Path) -> None:

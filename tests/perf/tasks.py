@@ -154,7 +154,8 @@ TASKS = {task.name: task for task in _LIST}
 @cache
 def base_model(name: str, label: str | None = None) -> Any:
     """A model of the zoo, loaded once."""
-    return zoo.load(name, label, num_inference_steps=STEPS)
+    # larger batches than this leave the cache and are slower
+    return zoo.load(name, label, num_inference_steps=STEPS, chunk_size=128)
 
 
 def make_model(task: Task) -> RewardTilted:
