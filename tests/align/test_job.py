@@ -202,7 +202,12 @@ def test_results_are_strict_json(tmp_path: Path) -> None:
 
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert found["error"] is None
-    assert [method["name"] for method in found["methods"]] == ["base", "best-of-n", "fk", "tri-tsmc"]
+    assert [method["name"] for method in found["methods"]] == [
+        "base",
+        "best-of-n",
+        "fk",
+        "tri-tsmc",
+    ]
     assert found["methods"][0]["scores"][0]["reward_mean"]["limited"] == "-inf"
     assert found["options"]["particles"] == SIZE
     assert found["rewards"][0]["scale"] == outcome.strengths[0].scale
