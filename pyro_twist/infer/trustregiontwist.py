@@ -190,7 +190,7 @@ class TrustRegionTwist(TwistedSMC):
         self.centring, self.reuse, self.guard = centring, reuse, guard
         self.stop_ess = stop_ess
         self.record: Recording = record
-        self.record_device = record_device
+        self.record_device = _device(record_device)
         self._reads = entries_read(guide)
         self._follows = {key for part in learned_parts(guide) for key in part.follows}
         self._part = linear_part(guide) if record == "statistics" else None
@@ -638,6 +638,14 @@ def _check_record(guide: Any, record: str) -> None:
             f"parameters to fit ({', '.join(trained) or 'none'}). Use record='paths', or one "
             "LinearTwist with all features."
         )
+
+
+def _device(given: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if given is None else torch.device(given)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"record_device={given!r} is no device ({reason}); try 'cpu'") from None
 
 
 def _temper_columns(one: Pass, kl_budget: float) -> list[Tempering]:

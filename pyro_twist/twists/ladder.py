@@ -135,8 +135,11 @@ class DiscountedLookahead(CalibratedLookahead):
                 f"{type(model).__name__} has no noise `schedule`, which DiscountedLookahead needs; "
                 "it is for diffusion models. Try CalibratedLookahead."
             )
-        if exponent < 0 or spread <= 0:
-            raise ValueError(f"exponent={exponent}, spread={spread}; give 0 or more and above 0")
+        if exponent < 0 or spread <= 0 or variance <= 0:
+            raise ValueError(
+                f"exponent={exponent}, spread={spread}, variance={variance}; give an exponent of "
+                "at least 0 and positive numbers for the others"
+            )
         self.prior = (exponent, spread)
         self.follows = (self.key,)
         self.register_buffer("exponent", torch.tensor(exponent, dtype=torch.float64))

@@ -65,6 +65,7 @@ class SurrogateTwist(LinearTwist):
     :param float gain: A gain to use instead of the learned ones.
     :param bool fitted: Whether the gains move on by likelihood.
     :param str key: The entry of the state that holds the look-ahead.
+    :raises ValueError: If the model has no noise levels, or an option is out of range.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class SurrogateTwist(LinearTwist):
             raise ValueError(
                 f"{type(model).__name__} has no noise `schedule`, which SurrogateTwist needs; it "
                 "is for diffusion models. Try QuadraticTwist or ShiftTwist."
+            )
+        if knots < 1 or cap <= 0 or (gain is not None and gain < 0):
+            raise ValueError(
+                f"knots={knots}, cap={cap}, gain={gain}; give a whole number of at least 1, a "
+                "positive number, and None or a number of at least 0"
             )
         self.knots, self.cap, self.gain, self.fitted, self.key = knots, cap, gain, fitted, key
         self.regression = KernelRidge(surrogate)

@@ -358,6 +358,7 @@ def test_saving_in_the_middle_is_refused() -> None:
         ({"guide": CalibratedLookahead, "kl_budget": 0.0}, "kl_budget=0.0.*positive"),
         ({"guide": CalibratedLookahead, "centring": 2.0}, "centring=2.0"),
         ({"guide": CalibratedLookahead, "history": "off"}, "fitting needs the ancestors"),
+        ({"guide": CalibratedLookahead, "record_device": "nope"}, "record_device='nope'"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

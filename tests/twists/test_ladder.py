@@ -254,3 +254,10 @@ def test_errors() -> None:
         DiscountedLookahead(numbers(linear), exponent=-0.1)
     with pytest.raises(ValueError, match="spread=0.0"):
         DiscountedLookahead(numbers(linear), spread=0.0)
+
+
+@pytest.mark.parametrize("wrong", [{"exponent": -1.0}, {"spread": 0.0}, {"variance": 0.0}])
+def test_discount_out_of_range(wrong: dict[str, float]) -> None:
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        DiscountedLookahead(numbers(detailed), **wrong)

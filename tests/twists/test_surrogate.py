@@ -342,3 +342,10 @@ def test_learning_while_sampling_is_unbiased() -> None:
         smc = TrustRegionTwist(model, None, 12, num_iterations=2, seed=seed, progress=False)
         found.append(smc.run().log_normalizer)
     assert_unbiased(torch.stack(found), exact_law(model, 0.5)[0])
+
+
+@pytest.mark.parametrize("wrong", [{"knots": 0}, {"cap": 0.0}, {"gain": -1.0}])
+def test_options_out_of_range(wrong: dict[str, Any]) -> None:
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        SurrogateTwist(pictures(), **wrong)
