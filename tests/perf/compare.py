@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -74,7 +75,7 @@ def _few(model: Any, n: int, seed: int) -> Results:
 
 
 def _pooled(model: Any, n: int, seed: int) -> Results:
-    found = []
+    found, before = [], Counter(model.counts)
     for k in range(PASSES):
         options = _options(10_000 + PASSES * seed + k)
         with contextlib.suppress(SMCFailed):  # an estimate of zero
@@ -83,7 +84,9 @@ def _pooled(model: Any, n: int, seed: int) -> Results:
         raise SMCFailed("no particle of any run has weight")
     pooled, share = pool(found), math.log(len(found) / PASSES)
     log_weights, log_normalizer = pooled.log_weights + share, pooled.log_normalizer + share
-    return {"fk-pooled": replace(pooled, log_weights=log_weights, log_normalizer=log_normalizer)}
+    counts = dict(Counter(model.counts) - before)
+    pooled = replace(pooled, log_weights=log_weights, log_normalizer=log_normalizer, counts=counts)
+    return {"fk-pooled": pooled}
 
 
 def _learned(name: str, make: Callable[[Any], Any] | None = None, **options: Any) -> Arm:

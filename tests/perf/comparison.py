@@ -128,14 +128,13 @@ def _evidence(rows: Sequence[Row], size: int) -> str:
     body = []
     for name in _tasks(rows, size):
         reference, agreed = _reference(rows, name)
-        severe = _severe(rows, name, size)
-        mark = "severe" if severe else ""
+        title, mark = name, "severe" if _severe(rows, name, size) else ""
         for arm in ("importance", "fk-few", "fk-pooled", "fk", "tri"):
             found = list(_values(rows, name, size, arm, "log_z").values())
             gap = [reference - value for value in found]
             cell = _interval(_mean(gap)) if agreed else "left out"
-            body.append([name, mark, arm, cell, _number(_sd(found)), str(len(found))])
-            name, mark = "", ""
+            body.append([title, mark, arm, cell, _number(_sd(found)), str(len(found))])
+            title, mark = "", ""
     head = ["task", "", "arm", "gap of log Z", "sd of log Z", "seeds"]
     return f"### Evidence, N = {size}, {4 * size} trajectories\n\n" + _table(head, body)
 
