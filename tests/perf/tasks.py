@@ -130,9 +130,17 @@ _LIST = [
         "lopsided", "digits", "multimodal", {"lopsided": _lopsided}, {"lopsided": 0.0765}, 4, True
     ),
     Task("either", "digits", "multimodal classifier", {"either": _either}, {"either": 1.921}, 1.5),
-    Task("smooth", "digits", "smooth, bent", {"smooth": _named("smooth")}, {"smooth": 0.01996}, 5),
-    Task("file", "digits", "compressibility", {"file": _enlarged}, {"file": 0.02839}, 4),
-    Task("dense", "digits", "hard constraint", {"dense": _dense}, {"dense": 0.0234}, 3),
+    Task(
+        "smooth",
+        "digits",
+        "smooth, bent",
+        {"smooth": _named("smooth")},
+        {"smooth": 0.01996},
+        5,
+        True,
+    ),
+    Task("file", "digits", "compressibility", {"file": _enlarged}, {"file": 0.02839}, 4, True),
+    Task("dense", "digits", "hard constraint", {"dense": _dense}, {"dense": 0.0234}, 3, True),
     Task(
         "dark-eight",
         "digits",
@@ -141,7 +149,7 @@ _LIST = [
         {"eight": 1.588, "ink": 0.0343},
         4,
     ),
-    Task("noisy", "digits", "noisy", {"noisy": _noisy}, {"noisy": 0.0275}, 2),
+    Task("noisy", "digits", "noisy", {"noisy": _noisy}, {"noisy": 0.0275}, 2, True),
     Task("green", "emoji", "smooth, linear", {"green": _named("green")}, {"green": 0.0607}, 5),
     Task(
         "jpeg", "emoji", "compressibility", {"jpeg": _named("compressible")}, {"jpeg": 0.02746}, 4
