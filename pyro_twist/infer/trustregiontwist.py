@@ -123,6 +123,9 @@ class TrustRegionTwist(TwistedSMC):
     :param int num_particles: The number of particles in each pass.
     :param int max_plate_nesting: Bound on the number of nested plates in the model.
     :param int num_iterations: The number of passes that are followed by a fit.
+    :param int final_particles: The number of particles in the last pass, which follows the fits;
+        ``num_particles`` if ``None``. A budget spent mostly on the last pass selects more sharply,
+        one spread evenly learns more.
     :param float kl_budget: The trust region in nats; by default a quarter of
         ``log(num_particles)``, at least 0.1.
     :param centring: The share of the score under the current law that is subtracted, which has
@@ -171,6 +174,7 @@ class TrustRegionTwist(TwistedSMC):
         max_plate_nesting: int = 0,
         *,
         num_iterations: int = 3,
+        final_particles: int | None = None,
         kl_budget: float | None = None,
         centring: float | Literal["ess"] = "ess",
         reuse: bool = True,
@@ -182,6 +186,10 @@ class TrustRegionTwist(TwistedSMC):
     ) -> None:
         guide = default_twist(model) if guide is None else guide
         _check_options(guide, num_iterations, kl_budget, centring)
+        final_particles = num_particles if final_particles is None else final_particles
+        if not isinstance(final_particles, int) or final_particles < 1:
+            raise ValueError(f"final_particles={final_particles!r}; give a whole number, 1 or more")
+        self._sizes = (num_particles, final_particles)
         _check_record(guide, record)
         if options.get("history") == "off":
             raise ValueError("history='off': fitting needs the ancestors; leave history out")
@@ -201,7 +209,7 @@ class TrustRegionTwist(TwistedSMC):
         self._steps: list[list[PathStep]] = []
         self._stopped = False
         self._open = False
-        self._lost: list[Counter[str]] = []
+        self._lost: list[tuple[int, Counter[str]]] = []
         super().__init__(model, guide, num_particles, max_plate_nesting, **options)
 
     # passes
@@ -238,6 +246,7 @@ class TrustRegionTwist(TwistedSMC):
     def sample(self, *args: Any, **kwargs: Any) -> SMCResult:
         """One pass with the twist as it is, kept for the next :meth:`update`; its own result."""
         self._arguments = (args, kwargs)
+        self.num_particles = self._sizes[self._passes_made >= self.num_iterations]
         self._num_steps, self._open = -1, True
         self._keep_pass(super().resume())
         return self._results[-1]
@@ -269,7 +278,7 @@ class TrustRegionTwist(TwistedSMC):
             last = self._passes_made == self.num_iterations
             if self.state._log_weights.dim() > 1 or (last and not self._results):
                 raise
-            self._lost.append(self._counts)
+            self._lost.append((self.num_particles, self._counts))
             self._open = False
         else:
             self._update_if_due()
@@ -319,8 +328,9 @@ class TrustRegionTwist(TwistedSMC):
 
     def _with_lost(self, pooled: SMCResult) -> SMCResult:
         """Particles of weight zero are left out, but count in the mean."""
-        share = len(self.passes) / self._passes_made
-        counts = sum(self._lost, Counter(pooled.counts))
+        lost = sum(size for size, _ in self._lost)
+        share = len(pooled.log_weights) / (len(pooled.log_weights) + lost)
+        counts = sum((spent for _, spent in self._lost), Counter(pooled.counts))
         return replace(
             pooled,
             log_weights=pooled.log_weights + math.log(share),
@@ -448,7 +458,7 @@ class TrustRegionTwist(TwistedSMC):
             tau=tau,
             kl=mean([c.kl for c in columns]),
             eta=here + (1 - here) * tau * step,
-            ess=float(result.get_ESS().mean()) / self.num_particles,
+            ess=float(result.get_ESS().mean()) / result.num_particles,
             path_ess=mean([1 / (1 + c.chi_square) for c in columns]),
             chi_square=mean([c.chi_square for c in columns]),
             log_normalizer=float(result.log_normalizer.mean()),

@@ -613,6 +613,34 @@ def test_a_lost_pass_counts_as_zero() -> None:
     assert_mean(torch.tensor(found), 0.5, max_relative_sd=0.05)
 
 
+def test_a_larger_last_pass_is_pooled_without_bias() -> None:
+    """Passes of 2, 2 and 5 particles, some of them lost: the mean is the probability, 1e-6."""
+    found, sizes = [], set()
+    for seed in range(400):
+        chain = Positive(3, dim=1)
+        options: dict[str, Any] = dict(num_iterations=2, final_particles=5, seed=seed)
+        try:
+            result = TrustRegionTwist(chain, ShiftTwist(chain), 2, **options).run()
+        except SMCFailed:
+            found.append(0.0)
+            continue
+        sizes.add(result.num_particles)
+        assert result.counts == {"denoiser": 27}
+        found.append(float(result.log_normalizer.exp()))
+    assert {5, 7, 9} <= sizes  # neither, one or both of the small passes kept
+    assert_mean(torch.tensor(found), 0.5, max_relative_sd=0.05)
+
+
+def test_only_the_pass_after_the_fits_is_larger() -> None:
+    chain = LinearGaussianChain(3, dim=1)
+    smc = TrustRegionTwist(chain, None, 4, num_iterations=2, final_particles=6, seed=0)
+    for _ in range(2):
+        assert smc.run().num_particles == 14
+        assert [len(one.log_path) for one in smc.passes] == [4, 4, 6]
+    with pytest.raises(ValueError, match="final_particles=0"):
+        TrustRegionTwist(chain, None, 4, final_particles=0)
+
+
 class Eager(LinearTwist):
     """Fits to whatever it sees, in place, and so far that held-out paths refuse."""
 
