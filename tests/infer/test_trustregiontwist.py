@@ -614,20 +614,20 @@ def test_a_lost_pass_counts_as_zero() -> None:
 
 
 def test_a_larger_last_pass_is_pooled_without_bias() -> None:
-    """Passes of 2, 2 and 5 particles, some of them lost: the mean is the probability, 1e-6."""
+    """Passes of 1, 1 and 3 particles, some of them lost: the mean is the probability, 1e-6."""
     found, sizes = [], set()
     for seed in range(400):
         chain = Positive(3, dim=1)
-        options: dict[str, Any] = dict(num_iterations=2, final_particles=5, seed=seed)
+        options: dict[str, Any] = dict(num_iterations=2, final_particles=3, seed=seed)
         try:
-            result = TrustRegionTwist(chain, ShiftTwist(chain), 2, **options).run()
+            result = TrustRegionTwist(chain, ShiftTwist(chain), 1, **options).run()
         except SMCFailed:
             found.append(0.0)
             continue
         sizes.add(result.num_particles)
-        assert result.counts == {"denoiser": 27}
+        assert result.counts == {"denoiser": 15}
         found.append(float(result.log_normalizer.exp()))
-    assert {5, 7, 9} <= sizes  # neither, one or both of the small passes kept
+    assert {3, 4, 5} <= sizes  # neither, one or both of the small passes kept
     assert_mean(torch.tensor(found), 0.5, max_relative_sd=0.05)
 
 
