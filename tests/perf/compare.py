@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
-import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,9 +40,10 @@ from pyro_twist.infer import (
 )
 from pyro_twist.infer.weights import effective_sample_size
 from pyro_twist.twists import DiscountedLookahead, LookaheadTwist, SurrogateTwist
+from tests.perf.harness import Job, missing, read, run_all
 from tests.perf.tasks import TASKS, Task, base_model, make_model
 
-__all__ = ["ABLATIONS", "ARMS", "Job", "main"]
+__all__ = ["ABLATIONS", "ARMS", "main"]
 
 PASSES = 4
 SEEDS = 20
@@ -153,23 +152,6 @@ def _long_learned(model: Any, n: int, seed: int) -> Results:
 # what an arm is reported as, where that is not its name alone
 LABELS = {"importance": ("importance", "best-of-n"), "tri": ("tri", "tri, last pass")}
 REFERENCES = {"reference fk": _long_steering, "reference tri": _long_learned}
-
-
-@dataclass(frozen=True)
-class Job:
-    """
-    Some arms of one task with one seed.
-
-    :param str task: The task.
-    :param int size: Particles in a pass; in all for references.
-    :param int seed: The seed.
-    :param tuple arms: The arms to run.
-    """
-
-    task: str
-    size: int
-    seed: int
-    arms: tuple[str, ...]
 
 
 def run(job: Job) -> list[dict[str, Any]]:
@@ -283,24 +265,6 @@ def _reference_jobs() -> Iterator[Job]:
             yield Job(task.name, size, seed, (arm,))
 
 
-def missing(jobs: Iterable[Job], rows: list[dict[str, Any]]) -> list[Job]:
-    """What is not in the file yet."""
-    done = {(row["task"], row["size"], row["seed"], row["arm"]) for row in rows}
-    left = []
-    for job in jobs:
-        arms = tuple(a for a in job.arms if (job.task, job.size, job.seed, a) not in done)
-        if arms:
-            left.append(Job(job.task, job.size, job.seed, arms))
-    return left
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
 def main() -> None:
     """Runs what is missing and prints the report."""
     from tests.perf.comparison import report
@@ -324,7 +288,7 @@ def main() -> None:
         wanted = [j for j in jobs if not options.tasks or j.task in options.tasks]
         wanted = [j for j in wanted if j.arms[0] in REFERENCES or _is_chosen(j, options)]
         left = missing(wanted, rows + read(options.known))
-        _run_all(left, options.rows, options.workers)
+        run_all(run, left, options.rows, options.workers)
         rows = read(options.rows)
     text = report(rows + read(options.known))
     print(text)
@@ -334,20 +298,6 @@ def main() -> None:
 
 def _is_chosen(job: Job, options: argparse.Namespace) -> bool:
     return job.seed < options.seeds and job.size in options.sizes
-
-
-def _run_all(jobs: list[Job], path: Path, workers: int) -> None:
-    from tqdm import tqdm
-
-    if not jobs:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) as processes, path.open("a", encoding="utf-8") as file:
-        for rows in tqdm(processes.imap_unordered(run, jobs), total=len(jobs), unit="job"):
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
-            file.flush()
 
 
 if __name__ == "__main__":

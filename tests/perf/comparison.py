@@ -10,17 +10,34 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tests.perf.tables import (
+    Row,
+    by_seed,
+    interval,
+    number,
+    paired,
+    sd,
+    spread_gain,
+    table,
+    with_interval,
+    word,
+)
 from tests.perf.tasks import TASKS
 
 __all__ = ["report"]
 
-Row = dict[str, Any]
-
 _FK = ("fk", "fk-pooled")
-_SHOWN = ("best-of-n", "importance", "fk-few", "fk-pooled", "fk", "tri", "tri, larger last", "tri, last pass")
+_SHOWN = (
+    "best-of-n",
+    "importance",
+    "fk-few",
+    "fk-pooled",
+    "fk",
+    "tri",
+    "tri, larger last",
+    "tri, last pass",
+)
 _AGREE = 0.1
-# two-sided 95 % points of Student's t with so many degrees of freedom, from 1
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -37,47 +54,6 @@ def report(rows: Sequence[Row]) -> str:
 
 def _is_reference(row: Row) -> bool:
     return bool(row["arm"].startswith("reference"))
-
-
-def _values(rows: Sequence[Row], task: str, size: int, arm: str, name: str) -> dict[int, float]:
-    """The figure of each seed; minus infinity where no particle had weight."""
-    found = {}
-    for row in rows:
-        if (row["task"], row["size"], row["arm"]) == (task, size, arm):
-            found[row["seed"]] = -math.inf if row[name] is None else row[name]
-    return found
-
-
-def _paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float]:
-    """Mean of ``a - b`` over their common seeds, and half of its 95 % interval."""
-    both = sorted(a.keys() & b.keys())
-    return _mean([a[seed] - b[seed] for seed in both])
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return (sum(values) / len(values) if values else math.nan), math.nan
-    point = _T[len(values) - 2] if len(values) - 1 <= len(_T) else 2.09
-    return statistics.mean(values), point * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _sd(values: Sequence[float]) -> float:
-    finite = all(map(math.isfinite, values)) and len(values) > 1
-    return statistics.stdev(values) if finite else math.nan
-
-
-def _spread_gain(a: dict[int, float], b: dict[int, float]) -> tuple[float, float, float]:
-    """The ratio of the standard deviations of ``a`` and ``b``, with a 95 % bootstrap interval."""
-    import random
-
-    draw, x, y = random.Random(0), list(a.values()), list(b.values())
-    ratios = []
-    for _ in range(2000):
-        top, bottom = _sd(draw.choices(x, k=len(x))), _sd(draw.choices(y, k=len(y)))
-        ratios.append(top / bottom if bottom else math.inf)
-    ratios.sort()
-    whole = _sd(x) / _sd(y) if _sd(y) else math.nan
-    return whole, ratios[50], ratios[1949]
 
 
 def _reference_runs(rows: Sequence[Row], task: str) -> list[Row]:
@@ -97,20 +73,6 @@ def _reference(rows: Sequence[Row], task: str) -> tuple[float, bool]:
     return statistics.mean(found), enough and max(found) - min(found) <= _AGREE
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
-
-
-def _interval(pair: tuple[float, float], digits: int = 2) -> str:
-    mean, half = pair
-    return f"{_number(mean, digits)} ± {_number(half, digits)}" if math.isfinite(half) else "–"
-
-
 def _references(rows: Sequence[Row]) -> str:
     body = []
     for task in TASKS.values():
@@ -119,15 +81,15 @@ def _references(rows: Sequence[Row]) -> str:
             value, agreed = _reference(rows, task.name)
             found = ", ".join(f"{row['log_z']:.2f}" for row in runs)
             verdict = "yes" if agreed else "no"
-            body.append([task.name, str(runs[0]["size"]), found, _number(value), verdict])
+            body.append([task.name, str(runs[0]["size"]), found, number(value), verdict])
     if not body:
         return ""
     head = ["task", "particles", "log Z of each run", "mean", f"within {_AGREE} nat"]
-    return "### References\n\n" + _table(head, body)
+    return "### References\n\n" + table(head, body)
 
 
 def _tasks(rows: Sequence[Row], size: int) -> list[str]:
-    return [name for name in TASKS if _values(rows, name, size, "tri", "log_z")]
+    return [name for name in TASKS if by_seed(rows, name, size, "tri", "log_z")]
 
 
 def _evidence(rows: Sequence[Row], size: int) -> str:
@@ -137,18 +99,18 @@ def _evidence(rows: Sequence[Row], size: int) -> str:
         reference, agreed = _reference(rows, name)
         title, mark = name, "severe" if _severe(rows, name, size) else ""
         for arm in ("importance", "fk-few", "fk-pooled", "fk", "tri", "tri, larger last"):
-            found = list(_values(rows, name, size, arm, "log_z").values())
+            found = list(by_seed(rows, name, size, arm, "log_z").values())
             gap = [reference - value for value in found]
-            cell = _interval(_mean(gap)) if agreed else "left out"
-            body.append([title, mark, arm, cell, _number(_sd(found)), str(len(found))])
+            cell = interval(with_interval(gap)) if agreed else "left out"
+            body.append([title, mark, arm, cell, number(sd(found)), str(len(found))])
             title, mark = "", ""
     head = ["task", "", "arm", "gap of log Z", "sd of log Z", "seeds"]
-    return f"### Evidence, N = {size}, {4 * size} trajectories\n\n" + _table(head, body)
+    return f"### Evidence, N = {size}, {4 * size} trajectories\n\n" + table(head, body)
 
 
 def _severe(rows: Sequence[Row], name: str, size: int) -> bool:
     """Whether importance sampling with the whole budget is left with less than two particles."""
-    found = _values(rows, name, size, "importance", "ess").values()
+    found = by_seed(rows, name, size, "importance", "ess").values()
     return statistics.mean(max(value, 0.0) for value in found) < 2
 
 
@@ -159,46 +121,46 @@ def _rewards(rows: Sequence[Row], size: int) -> str:
         for arm in _SHOWN:
             cells = [title, arm]
             for column, digits in (("reward", 2), ("best", 2), ("judge", 2), ("diversity", 2)):
-                found = list(_values(rows, name, size, arm, column).values())
-                cells.append(_interval(_mean(found), digits) if found else "–")
+                found = list(by_seed(rows, name, size, arm, column).values())
+                cells.append(interval(with_interval(found), digits) if found else "–")
             for column, digits in (("seconds", 1), ("denoiser", 0), ("reward_calls", 0)):
-                found = list(_values(rows, name, size, arm, column).values())
-                cells.append(_number(statistics.median(found), digits) if found else "–")
+                found = list(by_seed(rows, name, size, arm, column).values())
+                cells.append(number(statistics.median(found), digits) if found else "–")
             body.append(cells)
             title = ""
     head = ["task", "arm", "reward", "best", "judge", "diversity", "s", "denoiser", "rewards"]
-    return f"### Rewards, N = {size}, in nats\n\n" + _table(head, body)
+    return f"### Rewards, N = {size}, in nats\n\n" + table(head, body)
 
 
 def _verdict(rows: Sequence[Row], size: int) -> str:
     """TRI-TSMC against the better arm of Feynman-Kac steering, task by task."""
     body, wins = [], {"better": 0, "worse": 0, "even": 0}
     for name in _tasks(rows, size):
-        tri = _values(rows, name, size, "tri", "log_z")
-        arms = {arm: _values(rows, name, size, arm, "log_z") for arm in _FK}
+        tri = by_seed(rows, name, size, "tri", "log_z")
+        arms = {arm: by_seed(rows, name, size, arm, "log_z") for arm in _FK}
         # the estimates fall short of the truth: the better arm has the higher mean
         best = max(arms, key=lambda arm: statistics.mean(arms[arm].values()))
-        rise, ratio = _paired(tri, arms[best]), _spread_gain(tri, arms[best])
+        rise, ratio = paired(tri, arms[best]), spread_gain(tri, arms[best])
         reference, agreed = _reference(rows, name)
         short = [
             reference - statistics.mean(values.values()) if agreed else math.nan
             for values in (arms[best], tri)
         ]
-        reward = _paired(
-            _values(rows, name, size, "tri", "reward"), _values(rows, name, size, best, "reward")
+        reward = paired(
+            by_seed(rows, name, size, "tri", "reward"), by_seed(rows, name, size, best, "reward")
         )
-        verdict = _word(rise)
+        verdict = word(rise)
         wins[verdict] += 1
         body.append(
             [
                 name,
                 "tuned" if TASKS[name].tuned else "",
                 best,
-                _number(short[0]),
-                _number(short[1]),
-                _interval(rise),
-                f"{_number(ratio[0])} ({_number(ratio[1])} to {_number(ratio[2])})",
-                _interval(reward),
+                number(short[0]),
+                number(short[1]),
+                interval(rise),
+                f"{number(ratio[0])} ({number(ratio[1])} to {number(ratio[2])})",
+                interval(reward),
                 verdict,
             ]
         )
@@ -206,26 +168,19 @@ def _verdict(rows: Sequence[Row], size: int) -> str:
     head += ["ratio of sd", "reward, TRI less FK", "log Z"]
     counts = ", ".join(f"{count} {word}" for word, count in wins.items())
     title = f"### TRI-TSMC against the better arm of FK steering, N = {size}"
-    return f"{title}\n\n{_table(head, body)}\n\nlog Z beyond the 95 % interval: {counts}."
-
-
-def _word(pair: tuple[float, float]) -> str:
-    mean, half = pair
-    if not math.isfinite(half) or abs(mean) <= half:
-        return "even"
-    return "better" if mean > 0 else "worse"
+    return f"{title}\n\n{table(head, body)}\n\nlog Z beyond the 95 % interval: {counts}."
 
 
 def _ablations(rows: Sequence[Row]) -> str:
     arms = sorted({row["arm"] for row in rows if row["arm"].startswith("tri, ")})
-    names = [n for n in TASKS if any(_values(rows, n, 4, arm, "log_z") for arm in arms)]
+    names = [n for n in TASKS if any(by_seed(rows, n, 4, arm, "log_z") for arm in arms)]
     if not arms or not names:
         return ""
 
     def cell(name: str, arm: str, column: str, show: Callable[[Any], str]) -> str:
-        tri, other = (_values(rows, name, 4, a, column) for a in ("tri", arm))
-        return show(_paired(other, tri)) if other and tri else "–"
+        tri, other = (by_seed(rows, name, 4, a, column) for a in ("tri", arm))
+        return show(paired(other, tri)) if other and tri else "–"
 
-    body = [[arm, *(cell(name, arm, "log_z", _interval) for name in names)] for arm in arms]
+    body = [[arm, *(cell(name, arm, "log_z", interval) for name in names)] for arm in arms]
     title = "### Ablation at the same budget, N = 4: change of the mean of log Z"
-    return f"{title}\n\n{_table(['arm', *names], body)}"
+    return f"{title}\n\n{table(['arm', *names], body)}"
