@@ -42,3 +42,24 @@ def assert_tilted_mean(
     """
     ratio = (log_normalizer - log_z).exp() * (means.double() - expected)
     assert_mean(ratio + 1.0, 1.0, max_relative_sd=0.05)
+
+
+def assert_frequencies(counts: torch.Tensor, probs: torch.Tensor) -> None:
+    """
+    A chi-square test that counts of outcomes are multinomial with ``probs``; rate 1e-6.
+
+    Outcomes expected less than ten times count as one; one of probability 0 may not occur at all.
+    """
+    from scipy.stats import chi2
+
+    counts, expected = counts.double().flatten(), probs.double().flatten() * counts.sum()
+    assert abs(float(probs.sum()) - 1) < 1e-9, "the probabilities do not add up to 1"
+    impossible = counts[expected == 0].sum()
+    assert impossible == 0, f"{int(impossible)} outcomes of probability 0"
+    rare = expected < 10
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    distance = float(((counts - expected).square() / expected).sum())
+    limit = float(chi2.isf(1e-6, len(counts) - 1)) if len(counts) > 1 else 1e-9
+    assert distance < limit, f"chi-square {distance:.1f} of {len(counts)} cells, limit {limit:.1f}"

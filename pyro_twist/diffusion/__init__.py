@@ -6,6 +6,7 @@
 from pyro_twist.diffusion.analytic import GaussianDenoiser, GaussianMixtureDenoiser
 from pyro_twist.diffusion.gaussian import GaussianDiffusion
 from pyro_twist.diffusion.kernels import GaussianSchedule, GaussianStep
+from pyro_twist.diffusion.masked import MaskedDiffusion
 from pyro_twist.diffusion.schedules import make_schedule
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "GaussianSchedule",
     "GaussianStep",
+    "MaskedDiffusion",
     "make_schedule",
 ]

@@ -193,6 +193,24 @@ class GaussianDiffusion:
             return dist.Delta(mean, event_dim=len(self.event_shape))
         return dist.Normal(mean, std).to_event(len(self.event_shape))
 
+    def known_share(self, variance: float | Tensor = 0.25) -> Tensor:
+        r"""
+        The share of the data that the state tells at each time index.
+
+        With signal and noise levels :math:`\alpha_t, \sigma_t` and data of variance :math:`v_0` it
+        is :math:`\alpha_t^2 v_0 / (\alpha_t^2 v_0 + \sigma_t^2)`.
+
+        :param variance: The variance of an entry of the data; images in [-1, 1] have about a
+            quarter.
+        :returns: Of shape ``(T + 1,)``, float64, from 1 at index 0.
+        :rtype: Tensor
+        """
+        steps = [self.schedule[t] for t in range(1, len(self.schedule) + 1)]
+        signal = torch.tensor([step.alpha**2 for step in steps], dtype=torch.float64)
+        noise = torch.tensor([step.sigma**2 for step in steps], dtype=torch.float64)
+        signal = signal * torch.as_tensor(variance, dtype=torch.float64, device=signal.device)
+        return torch.cat([torch.ones(1, dtype=torch.float64), signal / (signal + noise)])
+
     def terminal(self, state: Mapping[Any, Tensor], x0: Tensor) -> None:
         """
         The factors and observations at the end of a trajectory: none.
