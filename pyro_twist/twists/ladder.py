@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from pyro_twist.twists.completions import tilt_of
 from pyro_twist.twists.learned import LearnedTwist
-from pyro_twist.twists.lookahead import LookaheadTwist
+from pyro_twist.twists.lookahead import LookaheadTwist, _floored
 from pyro_twist.twists.paths import Pass
 
 __all__ = ["CalibratedLookahead", "DiscountedLookahead"]
+
+_LOOKS = 4.0
 
 
 class CalibratedLookahead(LookaheadTwist, LearnedTwist):
@@ -45,14 +48,15 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
         """The look-ahead."""
-        return self.state_keys()
+        return self._values() if self._under == (None,) else self.state_keys()[:-1]
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`~pyro_twist.twists.Twist.log_twist`."""
         now = self.time_after(t)
         if now in self.schedule:
             self._look(state, now)
-            state[f"{self.key}_log_twist"] = self._sloped(state[self.key], self.slopes[now])
+            sloped = self._sloped(state[self.key], self.slopes[now])
+            state[f"{self.key}_log_twist"] = sloped + self._explained(state, now)
         return state.get(f"{self.key}_log_twist", 0.0)
 
     def _sloped(self, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
@@ -81,14 +85,35 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
         self.slopes.copy_(torch.where(known, slopes.clamp(0.0, 1.5), self.slopes))
 
     def _accumulate(self, one: Pass, cross: torch.Tensor, spread: torch.Tensor) -> None:
+        weights = _base_weights(one)
+        for t, guess, _ in self._lineage_looks(one):
+            c, s, _ = _moments(guess, self._end(one, t), weights)
+            cross[t] += len(weights) * c.sum()
+            spread[t] += len(weights) * s.sum()
+
+    def _lineage_looks(self, one: Pass) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Every look on the way of the final paths, and which particle it was a look at."""
         for sites, lineage in zip(one.steps, one.lineages(), strict=True):
             t = sites[0].t if sites else None
             if t is None or t not in self.schedule or self.key not in sites[0].state:
                 continue
-            guess = sites[0].state[self.key].reshape(one.log_path.shape).gather(0, lineage)
-            c, s = _moments(guess, one.log_terminal, one.log_base)
-            cross[t] += c
-            spread[t] += s
+            guess = self._guess(sites[0].state, t).reshape(lineage.shape)
+            yield t, guess.gather(0, lineage), lineage
+
+    def _guess(self, state: Any, t: int) -> torch.Tensor:
+        """The look-ahead in a recorded state, less what the tilt explains of it by now."""
+        value: torch.Tensor = state[self.key]
+        if self._eta(t) is None:
+            return value
+        tokens, potentials = (state[f"{self.key}_{x}"] for x in ("completions", "potentials"))
+        return _floored(self._mean_potential(tokens, potentials, t), self.floor)
+
+    def _end(self, one: Pass, t: int) -> torch.Tensor:
+        """What the look-ahead is a guess of."""
+        eta = self._eta(t)
+        if eta is None:
+            return one.log_terminal
+        return one.log_terminal - tilt_of(one.state["x"], eta).sum(-1).reshape_as(one.log_terminal)
 
 
 class DiscountedLookahead(CalibratedLookahead):
@@ -107,13 +132,31 @@ class DiscountedLookahead(CalibratedLookahead):
     look-ahead carried over to the next one, among the particles of a step: these pairs are before
     any resampling, so that selection does not enter, and there are as many as look-aheads.
 
-    :param model: A tilted :class:`~pyro_twist.diffusion.GaussianDiffusion`.
-    :param float exponent: The exponent before learning, and its prior mean.
-    :param float spread: The prior standard deviation of the exponent.
+    Masked models know the share :math:`u_t` of the tokens. Of the variance of the reward of a
+    sampled completion, a part :math:`\\rho_t = u_t^p` is due to what is revealed: for a sum of
+    contributions of groups of :math:`p` tokens each, that is the chance that all of a group are
+    known. This is the slope for one completion. The mean of :math:`J` has the slope
+    :math:`J \\rho_t / (1 + (J - 1) \\rho_t)` [1]. One of the likeliest tokens has no sampling
+    noise, and its exponent starts at a smaller number. Since completions of one particle share
+    their random numbers, consecutive look-aheads agree for no good reason: here the exponent is
+    fitted to how far each look-ahead carried over to the end of its path.
+
+    :param model: A tilted :class:`~pyro_twist.diffusion.GaussianDiffusion` or
+        :class:`~pyro_twist.diffusion.MaskedDiffusion`.
+    :param float exponent: The exponent before learning, and its prior mean; by default 0.15, for
+        sampled completions 1.5, for the likeliest 1.2.
+    :param float spread: The prior standard deviation of the exponent; by default 0.15, for
+        completions 0.5.
     :param float variance: The variance of data entries before learning; images in [-1, 1] have
-        about a quarter.
+        about a quarter. Masked models do not use it.
     :param options: Further options of :class:`~pyro_twist.twists.LookaheadTwist`.
-    :raises ValueError: If the model has no noise levels.
+    :raises ValueError: If the model does not say how much is known, or an option is out of range.
+
+    **References**
+
+    [1] The formula of Spearman and Brown for the reliability of a mean:
+        `Correlation calculated from faulty data`, Charles Spearman (1910), British Journal of
+        Psychology 3, 271-295.
     """
 
     exponent: torch.Tensor
@@ -124,59 +167,104 @@ class DiscountedLookahead(CalibratedLookahead):
         self,
         model: Any,
         *,
-        exponent: float = 0.15,
-        spread: float = 0.15,
+        exponent: float | None = None,
+        spread: float | None = None,
         variance: float = 0.25,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        if not hasattr(model, "schedule"):
+        if not hasattr(model, "known_share"):
             raise ValueError(
-                f"{type(model).__name__} has no noise `schedule`, which DiscountedLookahead needs; "
-                "it is for diffusion models. Try CalibratedLookahead."
+                f"{type(model).__name__} has no method `known_share`, which DiscountedLookahead "
+                "needs; it is for diffusion models. Try CalibratedLookahead."
             )
+        exponent = self._first_exponent() if exponent is None else exponent
+        spread = (0.15 if self.completions is None else 0.5) if spread is None else spread
         if exponent < 0 or spread <= 0 or variance <= 0:
             raise ValueError(
                 f"exponent={exponent}, spread={spread}, variance={variance}; give an exponent of "
                 "at least 0 and positive numbers for the others"
             )
         self.prior = (exponent, spread)
-        self.follows = (self.key,)
+        self.follows = (self.key,) if self.completions is None else ()
         self.register_buffer("exponent", torch.tensor(exponent, dtype=torch.float64))
         self.register_buffer("variance", torch.tensor(variance, dtype=torch.float64))
-        self.slopes.copy_(self._known() ** self.exponent)
+        self.slopes.copy_(self._slopes(self._known(), self.exponent))
         #: The slopes before learning.
         self.slopes_before = self.slopes.clone()
 
+    def _first_exponent(self) -> float:
+        if self.completions is None:
+            return 0.15
+        return 1.2 if self.completions == "argmax" else 1.5
+
     def _known(self) -> torch.Tensor:
         """The share that is known of the data at every time, from 0."""
-        steps = [self.model.schedule[t] for t in range(1, len(self.model.timesteps) + 1)]
-        signal = torch.tensor([step.alpha**2 for step in steps], dtype=torch.float64)
-        noise = torch.tensor([step.sigma**2 for step in steps], dtype=torch.float64)
-        share = signal * self.variance.cpu() / (signal * self.variance.cpu() + noise)
-        return torch.cat([torch.ones(1, dtype=torch.float64), share]).clamp(min=1e-12)
+        given = (self.variance.cpu(),) if self.completions is None else ()
+        return self.model.known_share(*given).cpu().double().clamp(min=1e-12)
+
+    def _slopes(self, known: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+        """The slopes of exponents, which broadcast to the shares."""
+        single = known ** exponent.cpu()
+        count = self.completions if isinstance(self.completions, int) else 1
+        return count * single / (1 + (count - 1) * single)
+
+    @property
+    def learns_within(self) -> bool:
+        """Where consecutive look-aheads are enough; completions are compared with the end."""
+        return self.completions is None
 
     def observe(self, passes: Sequence[Pass]) -> None:
-        """Fits the exponent to consecutive look-aheads."""
-        ends = torch.cat([one.state["x"].flatten() for one in passes]).double()
+        """Fits the exponent, to consecutive look-aheads or to the ends of paths."""
+        mean, spread = self.prior
+        largest = 1.5 if self.completions is None else 3.0
+        grid = torch.linspace(0.0, largest, round(100 * largest) + 1, dtype=torch.float64)
+        seen = self._by_next if self.completions is None else self._by_end
+        fit = -0.5 * ((grid - mean) / spread).square() + seen(passes, grid)
+        self.exponent.copy_(torch.softmax(fit, 0) @ grid)
+        self.slopes.copy_(self._slopes(self._known(), self.exponent))
+
+    def _by_next(self, passes: Sequence[Pass], grid: torch.Tensor) -> torch.Tensor:
+        """The log-likelihood of exponents by how each look-ahead carried over to the next."""
+        ends = torch.cat([one.state["x0_hat"].flatten() for one in passes]).double()
         if len(ends) > 1:
             self.variance.copy_(ends.var().clamp(min=1e-6))
         known = self._known()
         found = [pair for one in passes for pair in self._consecutive(one)]
-        mean, spread = self.prior
-        grid = torch.linspace(0.0, 1.5, 151, dtype=torch.float64)
-        fit = -0.5 * ((grid - mean) / spread).square()
-        noise = _noise_levels(found, len(known))
+        noise, fit = _noise_levels(found, len(known)), torch.zeros_like(grid)
         for before, after, early, late in found:
             decay = (known[before] / known[after]) ** grid
             missed = late[..., None] - decay * early[..., None]
             fit = fit - 0.5 * missed.square().sum((0, 1)) / noise[after]
-        self.exponent.copy_(torch.softmax(fit, 0) @ grid)
-        self.slopes.copy_(known ** self.exponent.cpu())
+        return fit
+
+    def _by_end(self, passes: Sequence[Pass], grid: torch.Tensor) -> torch.Tensor:
+        """
+        The log-likelihood of exponents by how each look-ahead carried over to the end.
+
+        All looks on a path share its end: together they count as ``_LOOKS`` independent ones.
+        """
+        found = [row for one in passes for row in self._to_end(one)]
+        if not found:
+            return torch.zeros_like(grid)
+        t, share, cross, spread, noise = torch.tensor(found, dtype=torch.float64).T
+        slope = self._slopes(self._known()[t.long()][:, None], grid)
+        explained = 2 * slope * cross[:, None] - slope.square() * spread[:, None]
+        noise = (share * (spread + noise)).sum() / (2 * share.sum())
+        return 0.5 * _LOOKS * (share[:, None] * explained).sum(0) / noise.clamp(min=1e-12)
+
+    def _to_end(self, one: Pass) -> Iterator[tuple[float, ...]]:
+        """For every look at a population its time, how much it counts, and moments with the end."""
+        weights, looks = _base_weights(one), list(self._lineage_looks(one))
+        for t, guess, lineage in looks:
+            size = _num_ancestors(weights, lineage) / len(looks)
+            columns = (size, *_moments(guess, self._end(one, t), weights))
+            for row in zip(*(column.flatten().tolist() for column in columns), strict=True):
+                yield (t, *row)
 
     def _consecutive(self, one: Pass) -> Iterator[_Pair]:
         """Look-aheads before and after each step, less the mean of the population."""
-        key, time, _ = self.state_keys()
+        key, time, _ = self._values()
         for sites in one.steps:
             step = sites[0] if sites else None
             if step is None or step.t is None or key not in step.state:
@@ -209,18 +297,28 @@ def _noise_levels(pairs: Sequence[_Pair], size: int) -> torch.Tensor:
     return ((kernel @ total) / (kernel @ count).clamp(min=1e-12)).clamp(min=1e-12)
 
 
+def _base_weights(one: Pass) -> torch.Tensor:
+    """Weights of the final paths back to the law they were drawn from; 0 for lost ones."""
+    alive = torch.isfinite(one.log_terminal) & torch.isfinite(one.log_base)
+    weights = torch.where(alive, (one.log_base - one.log_base.amax(0)).exp(), 0.0)
+    return weights / weights.sum(0).clamp(min=1e-300)
+
+
 def _moments(
-    guess: torch.Tensor, truth: torch.Tensor, log_base: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted co-moment and second moment, summed over particles and populations."""
-    alive = torch.isfinite(truth) & torch.isfinite(log_base)
-    weights = torch.where(alive, (log_base - log_base.amax(0)).exp(), 0.0)
-    weights = weights / weights.sum(0).clamp(min=1e-300)
-    truth = torch.where(alive, truth, 0.0)
-    size = guess.shape[0]
-    centred = guess - (weights * guess).sum(0)
-    cross = size * (weights * centred * (truth - (weights * truth).sum(0))).sum()
-    return cross, size * (weights * centred.square()).sum()
+    guess: torch.Tensor, truth: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted co-moment of guess and truth, and the variance of each, in every population."""
+    truth = torch.where(weights > 0, truth, 0.0)
+    guess, truth = guess - (weights * guess).sum(0), truth - (weights * truth).sum(0)
+    pairs = (guess * truth, guess.square(), truth.square())
+    cross, spread, noise = ((weights * pair).sum(0) for pair in pairs)
+    return cross, spread, noise
+
+
+def _num_ancestors(weights: torch.Tensor, lineage: torch.Tensor) -> torch.Tensor:
+    """The effective number of particles that weighted final paths went through."""
+    through = torch.zeros_like(weights).scatter_add_(0, lineage, weights)
+    return 1 / through.square().sum(0).clamp(min=1e-300)
 
 
 def _smoother(size: int, share: float) -> torch.Tensor:

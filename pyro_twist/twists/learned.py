@@ -6,16 +6,20 @@ Twists with parameters, fitted by weighted maximum likelihood on recorded paths.
 
 A family of one's own needs ``get_posterior`` with parameters in it and nothing else; the fit is
 then done by an optimiser. :class:`LinearTwist` is for families that are linear in their
-parameters: it asks for the features, and the fit is one linear solve.
+parameters: it asks for the features, and the fit is one linear solve. :class:`FittedTwist` is for
+families that bring a fit of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_twist.twists.paths import Pass, Paths, PathStep
 from pyro_twist.twists.statistics import (
@@ -28,8 +32,10 @@ from pyro_twist.twists.tilting import tilt
 from pyro_twist.twists.twist import SumTwist, Twist
 
 __all__ = [
+    "FittedTwist",
     "LearnedTwist",
     "LinearTwist",
+    "WeightedDigest",
     "add_pass",
     "entries_read",
     "fit_likelihood",
@@ -71,13 +77,20 @@ class LearnedTwist(Twist):
     follows: tuple[str, ...] = ()
 
     @property
+    def learns_within(self) -> bool:
+        """Whether ``observe`` learns from a pass that is still going on as well."""
+        return False
+
+    @property
     def needs_paths(self) -> bool:
         """Whether a fit reads the recorded steps, so that statistics of paths are not enough."""
         return True
 
     def observe(self, passes: Sequence[Pass]) -> None:
         """
-        Learns from finished passes what is not learnt by likelihood; called before each fit.
+        Learns from passes what is not learnt by likelihood; called before each fit.
+
+        A family with :attr:`learns_within` is also called between the steps of a pass.
 
         :param list passes: All passes so far, the latest last.
         """
@@ -149,10 +162,16 @@ class LinearTwist(LearnedTwist):
         theta = self.theta[self.block()]
         if not torch.is_grad_enabled() and not theta.any():
             return prior
-        features = self.features(name, prior)
+        # features are of the model's kernel, also where other parts have tilted it before
+        base = prior if self.base_kernel is None else self.base_kernel
+        features = self.features(name, base)
         if features is None:
             return prior
         return tilt(prior, torch.tensordot(theta.to(features.dtype), features, dims=1))
+
+    def penalty(self) -> torch.Tensor:
+        """The ridge, for fits beside other families; :meth:`solve` has it built in."""
+        return 0.5 * self.ridge * (self.theta.double() - self.prior_mean.double()).square().sum()
 
     @torch.no_grad()
     def statistics(self, step: PathStep, kernel: Any = None) -> Statistics | None:
@@ -195,6 +214,70 @@ class LinearTwist(LearnedTwist):
             information += one.information
             score += one.score - one.noise
         return torch.linalg.lstsq(information, score[..., None]).solution[..., 0]
+
+
+@dataclass(frozen=True)
+class WeightedDigest:
+    """
+    What a fit needs of a step, with weights for the particles, or particles and populations.
+
+    :param digest: What :meth:`FittedTwist.digest` returned.
+    :param torch.Tensor weights: Weights towards the law to fit, flattened.
+    :param torch.Tensor base: Weights of the noise that centring subtracts, flattened.
+    """
+
+    digest: Any
+    weights: torch.Tensor
+    base: torch.Tensor
+
+
+class FittedTwist(LearnedTwist):
+    """
+    Base class of twists that fit themselves, where an optimiser over all parameters is too slow.
+
+    A derived class says what a fit needs to know of a step (:meth:`digest`), which is computed
+    once for each step however often it is weighted anew, what the likelihood is
+    (:meth:`digest_log_prob`), and how to maximise it (:meth:`solve`). Its proposal is the prior
+    itself where all parameters are zero, as they are at the start.
+
+    :param model: The model that the twist looks ahead in.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        #: The digests of recorded steps by the values drawn, with the whole twist they are for.
+        self.digests = WeakTensorKeyDictionary()
+
+    def digest(self, step: PathStep, kernel: Any) -> Any:
+        """
+        What fits need of a step.
+
+        :param PathStep step: A step without weights.
+        :param kernel: What is tilted: the model's distribution, tilted by the other parts of a sum.
+        :returns: Anything; ``None`` where the twist leaves the site alone.
+        """
+        raise NotImplementedError
+
+    def digest_log_prob(self, digest: Any) -> torch.Tensor:
+        """
+        The log-density of the twist's proposal at the value drawn, relative to the kernel's.
+
+        :returns: Of the particles, or particles and populations, flattened, in float64.
+        """
+        raise NotImplementedError
+
+    def solve(self, seen: Sequence[WeightedDigest], size: float) -> None:
+        """
+        Sets the parameters to those of highest weighted likelihood, less a penalty.
+
+        :param list seen: The digests of all steps, with weights that sum to one at each time.
+        :param float size: The effective number of paths behind the weights.
+        """
+        raise NotImplementedError
+
+    def observe(self, passes: Sequence[Pass]) -> None:
+        """Drops the digests of earlier fits; a derived class that overrides it calls this one."""
+        self.digests.clear()
 
 
 def _normal(prior: Any) -> Any:
@@ -264,13 +347,64 @@ def step_statistics(twist: Any, part: LinearTwist, step: PathStep) -> Statistics
     """The statistics of a step for the linear part of a twist, relative to its other parts."""
     if twist is part:
         return part.statistics(step)
-    kept = part.theta.detach().clone()
-    part.theta.zero_()
+    return part.statistics(step, _kernel_without(twist, [part.theta], step))
+
+
+@torch.no_grad()
+def _kernel_without(twist: Any, parameters: Sequence[torch.nn.Parameter], step: PathStep) -> Any:
+    """What a twist proposes with some of its parameters at zero."""
+    kept = [one.detach().clone() for one in parameters]
+    for one in parameters:
+        one.zero_()
     try:
-        kernel = step.proposal(twist)
+        return step.proposal(twist)
     finally:
-        part.theta.copy_(kept)
-    return part.statistics(step, kernel)
+        for one, value in zip(parameters, kept, strict=True):
+            one.copy_(value)
+
+
+def _fitted_part(twist: Any) -> FittedTwist | None:
+    """The part of a twist that fits itself, if no other part has anything to fit."""
+    trained = trained_parts(twist)
+    return trained[0] if len(trained) == 1 and isinstance(trained[0], FittedTwist) else None
+
+
+@torch.no_grad()
+def _digest(twist: Any, part: FittedTwist, step: PathStep) -> Any:
+    """The digest of a step, kept unless it may change in the course of a fit."""
+    owner, found = part.digests.get(step.value, (None, None))
+    if owner is not None and owner() is twist:
+        return found
+    restored = step.restored()
+    if twist is part:
+        kernel = restored.prior
+    else:
+        kernel = _kernel_without(twist, list(part.parameters()), restored)
+    found = part.digest(restored, kernel)
+    if _fitted_part(twist) is part:
+        part.digests[step.value] = (weakref.ref(twist), found)
+    return found
+
+
+def _weighted_digests(twist: Any, part: FittedTwist, paths: Paths) -> Iterator[WeightedDigest]:
+    for step in paths.steps:
+        found = _digest(twist, part, step)
+        if found is not None:
+            assert step.weights is not None and step.base is not None
+            device = step.value.device if step.device is None else step.device
+            weights, base = (w.reshape(-1).to(device) for w in (step.weights, step.base))
+            yield WeightedDigest(found, weights, paths.centring * base)
+
+
+def _fit_itself(twist: Any, part: FittedTwist, batches: Sequence[Paths]) -> None:
+    ends = [one.steps[-1].weights for one in batches if one.steps]
+    final = torch.cat([w.reshape(-1).cpu() for w in ends if w is not None])
+    size = final.sum().square() / final.square().sum().clamp(min=1e-300)
+    seen = [one for paths in batches for one in _weighted_digests(twist, part, paths)]
+    # without weight on any path there is nothing to learn
+    if seen and float(size) > 0:
+        with torch.no_grad():
+            part.solve(seen, float(size))
 
 
 def add_pass(
@@ -318,12 +452,15 @@ def log_likelihood(twist: Any, batches: Sequence[Paths | Quadratic]) -> float:
     :param Twist twist: The twist.
     :param list batches: Weighted paths, or for a twist with a :func:`linear_part` their sums.
     """
-    part, total = linear_part(twist), 0.0
+    part, fitted, total = linear_part(twist), _fitted_part(twist), 0.0
     with torch.no_grad():
         for one in batches:
             if isinstance(one, Quadratic):
                 assert part is not None
                 total += float(one.log_likelihood(part.theta))
+            elif fitted is not None:
+                for seen in _weighted_digests(twist, fitted, one):
+                    total += float(seen.weights @ fitted.digest_log_prob(seen.digest))
             else:
                 total += float(one.log_likelihood(twist))
     return total
@@ -335,8 +472,8 @@ def fit_likelihood(
     """
     Moves the parameters of a twist to the highest weighted likelihood of whole paths.
 
-    Neither model nor reward is evaluated. A single linear part is solved for; everything else is
-    left to L-BFGS.
+    Neither model nor reward is evaluated. A single linear part is solved for, parts that fit
+    themselves do so one after the other, and everything else is left to L-BFGS.
 
     :param Twist twist: The twist, changed in place.
     :param list batches: Weighted paths, or for a twist with a :func:`linear_part` their sums.
@@ -350,7 +487,12 @@ def fit_likelihood(
             linear.theta.copy_(solved)
     elif trained:
         paths = [one for one in batches if isinstance(one, Paths)]
-        _optimise(twist, trained, paths, max_iterations)
+        fitted = [part for part in trained if isinstance(part, FittedTwist)]
+        for one in fitted:
+            _fit_itself(twist, one, paths)
+        rest = [part for part in trained if not isinstance(part, FittedTwist)]
+        if rest:
+            _optimise(twist, rest, paths, max_iterations)
     for part in trained:
         with torch.no_grad():
             part.constrain()

@@ -12,6 +12,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from pyro_twist.rewards.tilted import log_potential
+from pyro_twist.twists.completions import (
+    Completions,
+    check_completions,
+    draw_uniforms,
+    score_completions,
+    tilt_of,
+    tilt_value,
+)
 from pyro_twist.twists.twist import Twist
 
 __all__ = ["LookaheadTwist", "Potential"]
@@ -42,6 +50,24 @@ class LookaheadTwist(Twist):
     that the particle is lost: it counts as ``floor`` nats below the best particle. A floor far
     below is as risky as a hard cut: particles that would have recovered are then rare and heavy.
 
+    A masked model has no prediction to score, since no token is the mean of two. There the masks
+    are filled in from the denoiser's token law, ``completions`` times, and :math:`\\ell_t` is the
+    log of the mean of ``exp`` of their log-potentials: its ``exp`` is then an unbiased estimate of
+    the expected factor under that law. The random numbers are drawn once for each particle, which
+    keeps them, so that a completion changes only where the state did; one that does not change is
+    not scored again.
+
+    With a tilt :math:`\\eta` of tokens ``under``, completions are drawn from the tilted law, and
+    weighted back. With :math:`Z_\\eta` the mean of :math:`\\exp \\eta` over the masked positions of
+    :math:`x_t`, and :math:`\\eta(x)` the sum over the tokens of a sequence,
+
+    .. math::
+
+        \\log \\psi_t = \\eta(x_t) + \\log Z_\\eta(x_t) + \\ell_t, \\qquad
+        \\ell_t = \\log \\frac{1}{J} \\sum_j \\exp(r(c_j) - \\eta(c_j))
+
+    so that the look-ahead is only about what the tilt does not explain.
+
     :param model: A model with ``terminal``, such as :class:`~pyro_twist.rewards.RewardTilted`.
     :param str potential: ``"diff"``, ``"rt"``, ``"max"`` or ``"sum"``.
     :param int every: Look ahead after every so many steps, counted from the first state.
@@ -49,7 +75,11 @@ class LookaheadTwist(Twist):
         indices; ``T`` is the initial state, 1 the last before the end. Steps outside apply no
         factor, cost no reward call, and leave the twist as it was.
     :param float floor: How many nats below the best particle a look-ahead of minus infinity is.
-    :param str key: The entry of the state for the latest look-ahead; two more begin with it.
+    :param str key: The entry of the state for the latest look-ahead; more begin with it.
+    :param completions: For models with a method ``complete``: how many sampled completions to
+        score at every look, 1 by default, or ``"argmax"`` for one of the likeliest tokens.
+    :param under: The tilt that completions are drawn under, a part of the same sum such as
+        :class:`~pyro_twist.twists.TokenTilt`; it has a method ``eta(t)``.
     :raises ValueError: If the model has no ``terminal``, or an option is out of range.
 
     **References**
@@ -68,6 +98,8 @@ class LookaheadTwist(Twist):
         schedule: Collection[int] | None = None,
         floor: float = 3.0,
         key: str = "lookahead",
+        completions: Completions | None = None,
+        under: Any = None,
     ) -> None:
         super().__init__(model)
         if potential not in get_args(Potential):
@@ -82,6 +114,14 @@ class LookaheadTwist(Twist):
         self.potential = potential
         self.floor, self.key = floor, key
         self.schedule = _check_schedule(schedule, every, model.timesteps)
+        self.completions = check_completions(completions, model)
+        if under is not None and (potential != "diff" or not isinstance(self.completions, int)):
+            raise ValueError(
+                f"under={type(under).__name__} is for sampled completions and potential='diff', "
+                f"got completions={completions!r}, potential={potential!r}"
+            )
+        # not a submodule: it is another part of the sum, with its own place in the state dict
+        self._under = (under,)
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`Twist.log_twist`; keeps its running sums in ``state``."""
@@ -91,12 +131,18 @@ class LookaheadTwist(Twist):
         return state.get(f"{self.key}_log_twist", 0.0)
 
     def state_keys(self) -> tuple[str, ...]:
-        """The latest look-ahead, when it was made, and the log-twist."""
+        """The latest look-ahead, when it was made, the log-twist, and what completions need."""
+        if self.completions is None:
+            return self._values()
+        drawn = () if self.completions == "argmax" else (f"{self.key}_uniforms",)
+        return (*self._values(), f"{self.key}_completions", f"{self.key}_potentials", *drawn)
+
+    def _values(self) -> tuple[str, str, str]:
         return (self.key, f"{self.key}_time", f"{self.key}_log_twist")
 
     def _look(self, state: Any, now: int) -> None:
-        key, time, log_twist = self.state_keys()
-        value = _floored(log_potential(self.model, state, state["x0_hat"]), self.floor)
+        key, time, log_twist = self._values()
+        value = _floored(self._potential_ahead(state, now), self.floor)
         if self.potential == "max" and key in state:
             value = torch.maximum(value, state[key])
         if self.potential == "sum" and key in state:
@@ -105,7 +151,48 @@ class LookaheadTwist(Twist):
         state[time] = torch.full_like(value, now)
         if self.potential != "diff" and log_twist in state:
             value = value + state[log_twist]
-        state[log_twist] = value
+        state[log_twist] = value + self._explained(state, now)
+
+    def _eta(self, now: int) -> torch.Tensor | None:
+        """The tilt that completions are drawn under; ``None`` where there is none."""
+        [under] = self._under
+        return None if under is None else under.eta(now)
+
+    def _explained(self, state: Any, now: int) -> torch.Tensor | float:
+        eta = self._eta(now)
+        return 0.0 if eta is None else tilt_value(self.model.kernel(state, now), eta)
+
+    def _potential_ahead(self, state: Any, now: int) -> torch.Tensor:
+        """The log-potential of the prediction, or the log-mean of those of completions."""
+        if self.completions is None:
+            return log_potential(self.model, state, state["x0_hat"])
+        tokens, potentials = f"{self.key}_completions", f"{self.key}_potentials"
+        known = (state[tokens], state[potentials]) if tokens in state else None
+        state[tokens] = self._complete(state, now)
+        state[potentials] = score_completions(self.model, state, state[tokens], known)
+        return self._mean_potential(state[tokens], state[potentials], now)
+
+    def _mean_potential(
+        self, tokens: torch.Tensor, potentials: torch.Tensor, now: int
+    ) -> torch.Tensor:
+        """The log-mean over completions, less what the tilt explains of them."""
+        eta = self._eta(now)
+        if eta is not None:
+            potentials = potentials - tilt_of(tokens, eta).sum(-1)
+        return potentials.logsumexp(-1) - math.log(potentials.shape[-1])
+
+    def _complete(self, state: Any, now: int) -> torch.Tensor:
+        """Completions of the state, of shape ``batch_shape + (num_completions, length)``."""
+        if not isinstance(self.completions, int):
+            return self.model.complete(state)[..., None, :]
+        name, x, eta = f"{self.key}_uniforms", state["x"], self._eta(now)
+        if name not in state:
+            shape = (*x.shape[:-1], self.completions, x.shape[-1])
+            state[name] = draw_uniforms(shape, x.device)
+        uniforms = state[name].movedim(-2, 0)
+        if eta is None:
+            return self.model.complete(state, uniforms).movedim(0, -2)
+        return self.model.kernel(state, now).tilted(eta).complete(uniforms).movedim(0, -2)
 
 
 def _check_schedule(

@@ -177,6 +177,8 @@ class Pass:
     :param dict state: The state at the end.
     :param tuple statistics: What was kept of the final paths instead of their steps: one entry for
         every block of parameters that a step belonged to. ``None`` if the steps were kept.
+    :param bool gap: Whether paths of weight zero were resampled away, so that those left cannot
+        stand for the law they were drawn from.
     :param torch.Tensor ess: Effective sample sizes of the twisted weights, of shape
         ``(num_steps,)`` or ``(num_steps, num_populations)``.
     """
@@ -189,6 +191,7 @@ class Pass:
     state: dict[Any, torch.Tensor]
     statistics: tuple[Statistics, ...] | None = None
     ess: torch.Tensor | None = None
+    gap: bool = False
 
     def kept(self, device: Any) -> Pass:
         """The pass with all tensors on a device, those of its steps left out; see ``PathStep``."""

@@ -50,7 +50,7 @@ class KernelRidge(torch.nn.Module):
     chosen: Tensor
 
     def __init__(
-        self, kinds: Surrogate | Sequence[Surrogate] = "quadratic", *, max_points: int = 600
+        self, kinds: Surrogate | Sequence[Surrogate] = "quadratic", *, max_points: int = 300
     ) -> None:
         super().__init__()
         self.kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
@@ -210,7 +210,8 @@ class _Prepared:
 def _solve(gram: Tensor, targets: Tensor, ridge: float) -> Tensor:
     eye = torch.eye(len(targets), dtype=gram.dtype, device=gram.device)
     scale = gram.diagonal().mean().clamp(min=1e-12)
-    return torch.linalg.solve(gram + ridge * scale * eye, targets)
+    factor = torch.linalg.cholesky(gram + ridge * scale * eye)
+    return torch.cholesky_solve(targets[:, None], factor)[:, 0]
 
 
 def _folds(groups: Tensor) -> Tensor:

@@ -95,6 +95,8 @@ class SurrogateTwist(LinearTwist):
         self.knots, self.cap, self.gain, self.fitted, self.key = knots, cap, gain, fitted, key
         self.regression = KernelRidge(surrogate)
         self.spectrum = Spectrum(model.event_shape if spectral else (model.event_shape.numel(),))
+        # what is not fitted is no parameter, beside other families either
+        self.theta.requires_grad_(fitted)
         self.follows = ("x0_hat", f"{key}_time", f"{key}_log_twist")
 
     @property
@@ -108,6 +110,11 @@ class SurrogateTwist(LinearTwist):
         return float(self.regression.score)
 
     # learning
+
+    @property
+    def learns_within(self) -> bool:
+        """Every look-ahead so far is a pair to learn from."""
+        return True
 
     def observe(self, passes: Sequence[Pass]) -> None:
         """Fits spectrum and surrogate to all steps so far, and sets the prior of the gains."""
@@ -259,8 +266,8 @@ class SurrogateTwist(LinearTwist):
         return self.regression.gradient(self._coefficients(x0_hat))
 
     def solve(self, batches: Sequence[Quadratic]) -> Tensor:
-        """The gains; the prior ones where they are not fitted or there is no surrogate."""
-        if not self.fitted or not self.regression.fitted:
+        """The gains; the prior ones where there is no surrogate."""
+        if not self.regression.fitted:
             return self.prior_mean.double()
         return super().solve(batches)
 

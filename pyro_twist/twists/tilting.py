@@ -19,11 +19,15 @@ import pyro.distributions as dist
 import torch
 from torch.distributions.utils import _sum_rightmost as sum_rightmost
 
-__all__ = ["log_normalizer", "log_ratio", "register_tilt", "tilt"]
+from pyro_twist.diffusion.unmasking import Unmasking
+
+__all__ = ["log_normalizer", "log_ratio", "register_log_ratio", "register_tilt", "tilt"]
 
 Rule = Callable[[Any, torch.Tensor], Any]
+Ratio = Callable[[Any, Any, torch.Tensor], torch.Tensor]
 _TILTS: dict[type, Rule] = {}
 _NORMALIZERS: dict[type, Rule] = {}
+_RATIOS: dict[type, Ratio] = {}
 
 
 def register_tilt(kind: type, tilted: Rule, normalizer: Rule) -> None:
@@ -36,6 +40,16 @@ def register_tilt(kind: type, tilted: Rule, normalizer: Rule) -> None:
         ``exp(eta s(x))`` under the prior, elementwise.
     """
     _TILTS[kind], _NORMALIZERS[kind] = tilted, normalizer
+
+
+def register_log_ratio(kind: type, ratio: Ratio) -> None:
+    """
+    Makes a closed form known to :func:`log_ratio`, for pairs of one family of distributions.
+
+    :param type kind: The distribution class of both.
+    :param callable ratio: ``ratio(p, q, value)``, as for :func:`log_ratio`.
+    """
+    _RATIOS[kind] = ratio
 
 
 def _rule(rules: dict[type, Rule], prior: Any) -> Rule:
@@ -114,8 +128,9 @@ def log_ratio(p: Any, q: Any, value: torch.Tensor) -> torch.Tensor:
         dims = p.reinterpreted_batch_ndims
         if dims == q.reinterpreted_batch_ndims:
             return sum_rightmost(log_ratio(p.base_dist, q.base_dist, value), dims)
-    if isinstance(p, torch.distributions.Normal) and isinstance(q, torch.distributions.Normal):
-        return _normal_ratio(p, q, value)
+    for kind, ratio in _RATIOS.items():
+        if isinstance(p, kind) and isinstance(q, kind):
+            return ratio(p, q, value)
     return p.log_prob(value).double() - q.log_prob(value).double()
 
 
@@ -130,6 +145,13 @@ def _normal_ratio(
         return twice.mul_(p_loc - q_loc).mul_(0.5 / p_scale.square())
     p_z, q_z = (value - p_loc) / p_scale, (value - q_loc) / q_scale
     return 0.5 * (q_z - p_z) * (q_z + p_z) + (q_scale / p_scale).log()
+
+
+register_log_ratio(torch.distributions.Normal, _normal_ratio)
+
+# a position that stays masked says nothing: the tilt is of tokens given that they are revealed
+register_tilt(Unmasking, Unmasking.tilted, Unmasking.log_normalizer)
+register_log_ratio(Unmasking, Unmasking.log_ratio)
 
 
 def _compact(value: torch.Tensor) -> torch.Tensor:

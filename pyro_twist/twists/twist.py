@@ -49,6 +49,9 @@ class Twist(GuideMessenger, PyroModule, metaclass=_TwistMeta):
     #: Whether the engine is in a ``step``, not in ``init``; set by the engine.
     stepping: bool = True
 
+    #: In a sum, the model's own kernel, before the parts that come first have tilted it.
+    base_kernel: Any = None
+
     @property
     def model(self) -> Any:
         """The model, which is no submodule."""
@@ -175,10 +178,15 @@ class SumTwist(Twist):
         return [panel for twist in self.parts() for panel in twist.summary(at)]
 
     def get_posterior(self, name: str, prior: Any) -> Any:
+        base = prior if self.base_kernel is None else self.base_kernel
         for twist in self.parts():
             twist.stepping, twist.args_kwargs = self.stepping, self.args_kwargs
-            prior = twist.get_posterior(name, prior)
-            del twist.args_kwargs
+            twist.base_kernel = base
+            try:
+                prior = twist.get_posterior(name, prior)
+            finally:
+                twist.base_kernel = None
+                del twist.args_kwargs
         return prior
 
     def log_twist(self, state: Any, *args: Any, **kwargs: Any) -> torch.Tensor | float:

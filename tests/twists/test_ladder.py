@@ -248,7 +248,7 @@ def test_saved_and_loaded(records: Any, tmp_path: Path) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="LinearGaussianChain has no noise `schedule`"):
+    with pytest.raises(ValueError, match="LinearGaussianChain has no method `known_share`"):
         DiscountedLookahead(LinearGaussianChain(3))
     with pytest.raises(ValueError, match="exponent=-0.1, spread=0.15"):
         DiscountedLookahead(numbers(linear), exponent=-0.1)
