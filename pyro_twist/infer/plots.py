@@ -52,7 +52,10 @@ def plot_diagnostics(result: SMCResult, *, max_lines: int = 400) -> Figure:
 
 def _diagnostics(result: SMCResult) -> Diagnostics:
     if result.diagnostics is None:
-        raise ValueError("this result has no diagnostics to plot")
+        raise ValueError(
+            "this result has no diagnostics to plot; those of pooled passes are with the single "
+            "ones, as in TrustRegionTwist.last"
+        )
     return result.diagnostics
 
 

@@ -33,7 +33,7 @@ import torch
 
 from pyro_twist.infer import weights
 
-__all__ = ["Tempering", "dual_temper", "kl_divergence", "temper"]
+__all__ = ["Tempering", "dual_temper", "kl_divergence", "temper", "tempered"]
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,23 @@ def temper(log_path: torch.Tensor, log_base: torch.Tensor, kl_budget: float) -> 
             else:
                 low = middle
         tau = low
-    return _step(tau, log_path, log_base)
+    return tempered(tau, log_path, log_base)
 
 
-def _step(tau: float, log_path: torch.Tensor, log_base: torch.Tensor) -> Tempering:
-    tempered = weights.log_normalize(log_base + tau * log_path).exp()
+def tempered(tau: float, log_path: torch.Tensor, log_base: torch.Tensor) -> Tempering:
+    """
+    The step of a given size; arguments as in :func:`temper`.
+
+    :param float tau: The tempering exponent.
+    """
+    log_path, log_base = _live(log_path, log_base)
+    towards = weights.log_normalize(log_base + tau * log_path).exp()
     second = weights.log_sum_exp(log_base + 2 * log_path)
     first = weights.log_sum_exp(log_base + log_path)
     return Tempering(
         tau=tau,
         kl=kl_divergence(tau, log_path, log_base),
-        weights=tempered,
+        weights=towards,
         base=log_base.exp(),
         chi_square=math.expm1(min(float(second - 2 * first), 700.0)),
     )

@@ -8,20 +8,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from pyro import poutine
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from pyro_twist.infer import weights
-from pyro_twist.infer.increments import Increment, sample_sites
+from pyro_twist.infer.increments import Increment, latent_sites, sample_sites
 from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.result import SMCResult
-from pyro_twist.infer.trustregion import Tempering, temper
+from pyro_twist.infer.trustregion import Tempering, temper, tempered
 from pyro_twist.infer.twistedsmc import SMCFailed, TwistedSMC
+from pyro_twist.latents import own_passes, recorded_steps, separate, upstream_entries
 from pyro_twist.twists.learned import (
     LinearTwist,
     add_pass,
@@ -44,6 +45,10 @@ __all__ = ["Iteration", "Recording", "TrustRegionTwist", "default_twist"]
 Recording = Literal["paths", "statistics"]
 
 _STEPS = (1.0, 0.5, 0.25, 0.1)
+_FOLDS = 4
+
+# the shares of the steps of a pass after which twists learn from it while it goes on
+_WITHIN = (0.08, 0.16, 0.24, 0.36, 0.48, 0.64, 0.8)
 
 # weighted paths, or their sums, for a fold (None is all of them) or all but that fold
 _Evidence = Callable[[int | None, bool], Sequence[Paths | Quadratic]]
@@ -56,7 +61,8 @@ def default_twist(model: Any) -> Any:
     The twist that :class:`TrustRegionTwist` learns if it is given none.
 
     For diffusion models with a terminal potential a discounted look-ahead and a surrogate
-    direction; for other models a quadratic twist, learnt backwards in time up to 16 dimensions.
+    direction; for masked ones a discounted look-ahead and a tilt of tokens; for other models a
+    quadratic twist, learnt backwards in time up to 16 dimensions.
 
     :param model: A model with ``timesteps``.
     :returns: A twist that is, at the start, a look-ahead or identically one.
@@ -66,8 +72,11 @@ def default_twist(model: Any) -> Any:
         DiscountedLookahead,
         QuadraticTwist,
         SurrogateTwist,
+        TokenTilt,
     )
 
+    if hasattr(model, "complete") and hasattr(model, "terminal"):
+        return DiscountedLookahead(model) + TokenTilt(model)
     if hasattr(model, "schedule") and hasattr(model, "terminal"):
         return DiscountedLookahead(model) + SurrogateTwist(model)
     if len(model.event_shape) < 2 and torch.Size(model.event_shape).numel() <= 16:
@@ -113,10 +122,12 @@ class TrustRegionTwist(TwistedSMC):
     :meth:`run` makes ``num_iterations`` passes that are fitted and a last one, and returns the
     particles of all of them, weighted such that the pooled estimate of the normaliser is
     unbiased: the number of passes and their sizes are fixed before, none is dropped on its outcome,
-    and whatever a pass uses is frozen during it.
+    and what is proposed depends on the past alone.
 
-    New parameters are accepted only so far as they raise the weighted likelihood of paths that
-    were left out of their fit.
+    Parameters that are fitted by likelihood are accepted only so far as they raise that of paths
+    left out of their fit. What a twist learns in its ``observe`` is not guarded; those that ship
+    choose it by cross-validation. Those that can do so also between the steps of a pass, so that
+    ``num_iterations=0``, a single pass with all particles, learns as well.
 
     :param object model: A model with ``timesteps``; see :class:`TwistedSMC`.
     :param guide: A twist, learned in part or whole; :func:`default_twist` if ``None``.
@@ -132,6 +143,9 @@ class TrustRegionTwist(TwistedSMC):
         mean zero: a number from 0, plain maximum likelihood, to 1, or ``"ess"``, the effective
         share of paths that still follow that law.
     :param bool reuse: Whether a fit uses the paths of all passes so far, not only the last.
+    :param bool within: Whether twists that can (``learns_within``) learn from a pass while it goes
+        on, a few times between its steps. It changes what is proposed next, and costs no
+        evaluation.
     :param bool guard: Whether to accept parameters on held-out paths only.
     :param float stop_ess: Stop fitting (not sampling) once the trust region is inactive and the
         path weights' effective sample size is above this share.
@@ -178,17 +192,20 @@ class TrustRegionTwist(TwistedSMC):
         kl_budget: float | None = None,
         centring: float | Literal["ess"] = "ess",
         reuse: bool = True,
+        within: bool = True,
         guard: bool = True,
         stop_ess: float = 0.95,
         record: Recording = "paths",
         record_device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
+        _check_size("num_particles", num_particles)
         guide = default_twist(model) if guide is None else guide
         _check_options(guide, num_iterations, kl_budget, centring)
         final_particles = num_particles if final_particles is None else final_particles
-        if not isinstance(final_particles, int) or final_particles < 1:
-            raise ValueError(f"final_particles={final_particles!r}; give a whole number, 1 or more")
+        _check_size("final_particles", final_particles)
+        if not _in_range(stop_ess, 0, 1):
+            raise ValueError(f"stop_ess={stop_ess!r}; give a share above 0 and at most 1")
         self._sizes = (num_particles, final_particles)
         _check_record(guide, record)
         if options.get("history") == "off":
@@ -196,6 +213,7 @@ class TrustRegionTwist(TwistedSMC):
         self.num_iterations = num_iterations
         self.kl_budget = kl_budget or max(0.25 * math.log(num_particles), 0.1)
         self.centring, self.reuse, self.guard = centring, reuse, guard
+        self.within = within
         self.stop_ess = stop_ess
         self.record: Recording = record
         self.record_device = _device(record_device)
@@ -206,10 +224,15 @@ class TrustRegionTwist(TwistedSMC):
         self.iterations: list[Iteration] = []
         self._results: list[SMCResult] = []
         self._etas: list[float] = []
+        self._tempered: list[list[Tempering]] = []
+        self._folds: list[torch.Tensor] = []
+        self._goal = _Goal()
         self._steps: list[list[PathStep]] = []
         self._stopped = False
         self._open = False
         self._lost: list[tuple[int, Counter[str]]] = []
+        self._gap = False
+        self._next_size = num_particles
         super().__init__(model, guide, num_particles, max_plate_nesting, **options)
 
     # passes
@@ -218,77 +241,116 @@ class TrustRegionTwist(TwistedSMC):
         """
         Runs all passes and fits.
 
-        A pass in which every particle ends with weight zero counts as an estimate of zero, and
-        nothing is learnt from it.
+        Learning starts from the twist as it is, so that a second run goes on learning. A pass in
+        which every particle ends with weight zero counts as an estimate of zero, and nothing is
+        learnt from it.
 
         :returns: The particles of all passes, pooled.
         :rtype: SMCResult
         :raises SMCFailed: If no particle of any pass has weight.
         """
-        self.passes, self._results, self._etas, self.iterations = [], [], [], []
-        self._stopped, self._lost = False, []
+        self._forget()
         self._stream.restart()
-        self._arguments = (args, kwargs)
+        self._arguments, self._goal = (args, kwargs), _Goal(self.num_iterations, run=True)
         return self._go_on()
+
+    def _forget(self) -> None:
+        self.passes, self._results, self.iterations, self._lost = [], [], [], []
+        self._etas, self._tempered, self._folds = [], [], []
+        self._stopped = False
 
     def fit(self, num_iterations: int | None = None, *args: Any, **kwargs: Any) -> TrustRegionTwist:
         """
-        Makes passes, each followed by :meth:`update`.
+        Makes passes, each followed by :meth:`update`, and none after them.
 
         :param int num_iterations: How many, :attr:`num_iterations` by default.
         :returns: Itself, with :attr:`iterations` to look at.
+        :raises SMCFailed: If no particle of a pass has weight; the pass counts as an estimate of
+            zero in :meth:`pooled`.
         """
-        for _ in range(self.num_iterations if num_iterations is None else num_iterations):
-            self.sample(*args, **kwargs)
-            self.update()
+        wanted = self.num_iterations if num_iterations is None else num_iterations
+        if type(wanted) is not int or wanted < 0:
+            raise ValueError(f"num_iterations={wanted!r}; give a whole number, 0 or more")
+        self._arguments, self._goal = (args, kwargs), _Goal(wanted)
+        self._fit_on()
         return self
+
+    def _fit_on(self) -> None:
+        args, kwargs = self._arguments
+        while self._goal.fits:
+            self._make_pass(args, kwargs)
+            self.update()
+            self._goal = replace(self._goal, fits=self._goal.fits - 1)
 
     def sample(self, *args: Any, **kwargs: Any) -> SMCResult:
         """One pass with the twist as it is, kept for the next :meth:`update`; its own result."""
+        self._goal = _Goal()
+        return self._make_pass(args, kwargs)
+
+    def _make_pass(self, args: Any, kwargs: Any, *, final: bool = False) -> SMCResult:
         self._arguments = (args, kwargs)
-        self.num_particles = self._sizes[self._passes_made >= self.num_iterations]
+        self._next_size = self._sizes[final]
         self._num_steps, self._open = -1, True
-        self._keep_pass(super().resume())
+        return self._finish_pass()
+
+    def _finish_pass(self) -> SMCResult:
+        """The rest of a pass; one without weight counts as an estimate of zero."""
+        try:
+            self._keep_pass(super().resume())
+        except SMCFailed:
+            # of several populations one may have failed, and the others not
+            if self.state._log_weights.dim() == 1:
+                self._lost.append((self.num_particles, self._counts))
+                self._open = False
+            raise
         return self._results[-1]
 
     def resume(self) -> SMCResult:
-        """Goes on after a failure, in :meth:`run`: finishes the pass, and makes the others."""
+        """
+        Goes on after a failure: finishes the pass, and what :meth:`run` or :meth:`fit` had to do.
+        """
+        running = self._goal.run
         if self._open:  # a pass that was finished must not be counted twice
-            self._attempt(lambda: self._keep_pass(super(TrustRegionTwist, self).resume()))
-        elif len(self.iterations) < len(self.passes):
-            self._update_if_due()
-        return self._go_on()
+            with suppress(SMCFailed) if running else nullcontext():
+                self._finish_pass()
+        if running:
+            return self._go_on()
+        if self._goal.fits:
+            if len(self.iterations) < len(self.passes):
+                self.update()
+                self._goal = replace(self._goal, fits=self._goal.fits - 1)
+            self._fit_on()
+        return self.pooled()
 
     def _go_on(self) -> SMCResult:
         args, kwargs = self._arguments
+        self._update_if_due()
         while self._passes_made <= self.num_iterations:
-            self._attempt(lambda: self.sample(*args, **kwargs))
+            final = self._passes_made == self.num_iterations
+            try:
+                self._make_pass(args, kwargs, final=final)
+            except SMCFailed:
+                if self._open or (final and not self._results):
+                    raise
+            self._update_if_due()
         return self.pooled()
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        """Starts a pass; see :meth:`TwistedSMC.init`."""
+        self.num_particles, self._next_size = self._next_size, self._sizes[0]
+        super().init(*args, **kwargs)
 
     @property
     def _passes_made(self) -> int:
         return len(self.passes) + len(self._lost)
 
-    def _attempt(self, make_pass: Callable[[], Any]) -> None:
-        """Makes a pass and learns from it, or counts it as lost."""
-        try:
-            make_pass()
-        except SMCFailed:
-            # of several populations one may have failed, and the others not
-            last = self._passes_made == self.num_iterations
-            if self.state._log_weights.dim() > 1 or (last and not self._results):
-                raise
-            self._lost.append((self.num_particles, self._counts))
-            self._open = False
-        else:
-            self._update_if_due()
-
     def _update_if_due(self) -> None:
-        if not self._stopped and self._passes_made <= self.num_iterations:
+        due = len(self.iterations) < len(self.passes) <= self._passes_made <= self.num_iterations
+        if due and not self._stopped:
             self.update()
 
-    def _keep_pass(self, result: SMCResult) -> None:
-        one = Pass(
+    def _pass_so_far(self) -> Pass:
+        return Pass(
             steps=self._steps,
             ancestors=[a if a is None else a.long() for a in self._record.ancestors],
             log_path=self._memory["log_path"],
@@ -296,12 +358,18 @@ class TrustRegionTwist(TwistedSMC):
             log_terminal=self._memory["log_terminal"],
             state=dict(self.state),
             statistics=None if self._sums is None else self._sums.statistics(),
-            ess=None if result.diagnostics is None else result.diagnostics.ess,
+            gap=self._gap,
         )
+
+    def _keep_pass(self, result: SMCResult) -> None:
+        ess = None if result.diagnostics is None else result.diagnostics.ess
+        one = replace(self._pass_so_far(), ess=ess)
         self.passes.append(one.kept(self.record_device))
         self._open = False
         self._results.append(result)
         self._etas.append(self.iterations[-1].eta if self.iterations else 0.0)
+        self._folds.append(_folds(one).to(self.record_device))
+        self._tempered.append(_temper_columns(one, self.kl_budget))
 
     @property
     def last(self) -> SMCResult:
@@ -316,7 +384,8 @@ class TrustRegionTwist(TwistedSMC):
 
     def pooled(self) -> SMCResult:
         """
-        The particles of all passes so far.
+        The particles of all passes so far; diagnostics are those of single passes, as in
+        :attr:`last`.
 
         Their log-weights share one scale, so that their mean is the pooled estimate of the
         normaliser; expectations are self-normalised.
@@ -343,7 +412,7 @@ class TrustRegionTwist(TwistedSMC):
 
     def _reset(self) -> None:
         super()._reset()
-        self._steps = []
+        self._steps, self._gap = [], False
         self._sums: PathSums | None = None
 
     def _allocate(self, trace: poutine.Trace) -> None:
@@ -359,28 +428,34 @@ class TrustRegionTwist(TwistedSMC):
     ) -> None:
         super()._observe(trace, before, args, kwargs)
         self._observed = {name for name, site in sample_sites(trace) if site["is_observed"]}
-        sites = [(n, s) for n, s in sample_sites(trace) if not s["is_observed"]]
         populations = self.state._log_weights.dim() > 1
-        steps = [
-            PathStep(
+        upstream: dict[str, torch.Tensor] = {}
+        steps, reads = [], self._reads
+        latents = {name for name, _ in latent_sites(trace)}
+        for name, site in sample_sites(trace):
+            step = PathStep(
                 name=name,
                 args=args,
                 kwargs=kwargs,
-                state=before,
-                prior=site["infer"].get("prior", site["fn"]),
-                posterior=site["fn"],
+                state={**before, **upstream_entries(upstream)},
+                prior=_without_inverses(site["infer"].get("prior", site["fn"])),
+                posterior=_without_inverses(site["fn"]),
                 value=site["value"],
                 stepping=self._num_steps >= 0,
                 population_axis=self.state.population_axis if populations else None,
             )
-            for name, site in sites
-        ]
+            upstream[name] = site["value"]
+            if name in latents:
+                steps.append(step)
+        steps = recorded_steps(self.guide, steps)
+        if reads is not None:
+            reads += tuple(upstream_entries(upstream))
         if self._sums is not None and self._part is not None:
             for step in steps:
                 found = step_statistics(self.guide, self._part, step)
                 self._sums = self._sums if found is None else self._sums + found
         else:
-            self._pending = [step.kept(self._reads, self.record_device) for step in steps]
+            self._pending = [step.kept(reads, self.record_device) for step in steps]
 
     def _reweight(
         self, increments: list[Increment], log_twist: Any, method: str, args: Any
@@ -402,11 +477,27 @@ class TrustRegionTwist(TwistedSMC):
         # only now: a step that fails is taken again
         if self.record == "paths":
             self._steps.append(self._pending)
+            if self.within and self._num_steps in self._times_within():
+                self._learn_within()
+
+    def _times_within(self) -> set[int]:
+        """After how many steps of a pass its twists learn from it."""
+        steps = len(getattr(self.model, "timesteps", ()))
+        return {math.ceil(share * steps) for share in _WITHIN} - {steps}
+
+    def _learn_within(self) -> None:
+        # weights are exact whatever is proposed next, as long as it depends on the past alone
+        parts = [part for part in learned_parts(self.guide) if part.learns_within]
+        if parts and not self._stopped:
+            passes = [*self.passes, self._pass_so_far().kept(self.record_device)]
+            for part in parts:
+                part.observe(own_passes(self.guide, part, passes))
 
     def _resample(self, index: torch.Tensor, chosen: torch.Tensor) -> None:
         # offspring number N p_a on average, so each stands for 1 / (N p_a) of its ancestor's law
         offspring = self.state._log_weights + math.log(self.num_particles)
         self._memory["log_base"] = self._memory["log_base"] - torch.where(chosen, offspring, 0.0)
+        self._gap = self._gap or bool(((offspring == -math.inf) & chosen).any())
         super()._resample(index, chosen)
         if self._sums is not None:
             self._sums = self._sums.take(lambda value: take_ancestors(value, index))
@@ -433,12 +524,11 @@ class TrustRegionTwist(TwistedSMC):
         """
         if not self.passes:
             raise ValueError("there is no pass to learn from; call sample, fit or run")
-        columns = _temper_columns(self.passes[-1], self.kl_budget)
-        tau = sum(c.tau for c in columns) / len(columns)
+        columns, tau = self._tempered[-1], self._tempered[-1][0].tau
         here = self._etas[-1]
         ahead = here + (1 - here) * tau
         for part in learned_parts(self.guide):
-            part.observe(self.passes)
+            part.observe(own_passes(self.guide, part, self.passes))
         step = self._fit(ahead)
         self.iterations.append(self._report_iteration(columns, here, tau, step))
         # after resampling, paths may be alike because they share ancestors
@@ -482,7 +572,7 @@ class TrustRegionTwist(TwistedSMC):
     def _accepted(self, evidence: _Evidence, parameters: Any, old: torch.Tensor) -> float:
         """The step that raises the likelihood of held-out paths most; 0 if none does."""
         gains = dict.fromkeys(_STEPS, 0.0)
-        for fold in self._folds():
+        for fold in range(_FOLDS):
             held_out = evidence(fold, True)
             _assign(self.guide, parameters, old)
             before = log_likelihood(self.guide, held_out)
@@ -495,9 +585,6 @@ class TrustRegionTwist(TwistedSMC):
         best = max(_STEPS, key=gains.__getitem__)
         return best if gains[best] > 0 else 0.0
 
-    def _folds(self) -> range:
-        return range(min(4, self.num_particles))
-
     def _evidence(self, ahead: float) -> _Evidence:
         """Paths weighted towards the law ``ahead``, or what a linear fit needs of them."""
         part = linear_part(self.guide)
@@ -505,7 +592,7 @@ class TrustRegionTwist(TwistedSMC):
             return lambda fold, keep: self._batches(ahead, fold, keep=keep)
         sets: list[tuple[int | None, bool]] = [(None, True)]
         if self.guard:
-            sets += [(fold, keep) for fold in self._folds() for keep in (True, False)]
+            sets += [(fold, keep) for fold in range(_FOLDS) for keep in (True, False)]
         sums = self._weighted_sums(part, [self._weights(ahead, *one) for one in sets])
         return lambda fold, keep: [sums[sets.index((fold, keep))]]
 
@@ -530,20 +617,23 @@ class TrustRegionTwist(TwistedSMC):
         latest = len(self.passes) - 1
         found = {}
         for k in range(0 if self.reuse else latest, latest + 1):
-            here, one = self._etas[k], self.passes[k]
-            tau = (ahead - here) / (1 - here) if here < 1 else 1.0
-            found[k] = _weighted(one, tau, _in_fold(one.log_base, fold, keep))
+            chosen = _in_fold(self._folds[k], fold, keep)
+            found[k] = _weighted(self.passes[k], self._tau_towards(ahead, k), chosen)
         total = max(sum(size for *_, size in found.values()), 1e-300)
         return {
             k: (size / total * towards, size / total * base)
             for k, (towards, base, size) in found.items()
         }
 
+    def _tau_towards(self, ahead: float, k: int) -> float:
+        """How far to temper a pass towards the law ``ahead``, inside its own trust region."""
+        here, own = self._etas[k], self._tempered[k][0].tau
+        return own if here >= 1 else min(own, (ahead - here) / (1 - here))
+
     def _centring_of(self, k: int) -> float:
         one = self.passes[k]
         # dead paths that were resampled away leave a gap that the base weights cannot fill
-        dead = bool((one.log_path == -math.inf).any()) and any(a is not None for a in one.ancestors)
-        if dead:
+        if one.gap:
             return 0.0
         if self.centring == "ess":
             size = one.log_base.shape[0]
@@ -595,6 +685,8 @@ def pool(results: Sequence[SMCResult]) -> SMCResult:
     :rtype: SMCResult
     """
     last = results[-1]
+    if len(results) == 1:
+        return last
     log_weights = torch.cat([one.log_weights for one in results])
     keys = [key for key in last.state if all(key in one.state for one in results)]
     state = {key: torch.cat([one.state[key] for one in results]) for key in keys}
@@ -613,7 +705,21 @@ def pool(results: Sequence[SMCResult]) -> SMCResult:
         counts=dict(counts),
         seconds=sum(one.seconds for one in results),
         samples=samples,
+        diagnostics=None,
     )
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What is left to do: fits, and whether a run is to end with a pass after them."""
+
+    fits: int = 0
+    run: bool = False
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}; give a whole number, 1 or more")
 
 
 def _check_options(guide: Any, num_iterations: int, kl_budget: Any, centring: Any) -> None:
@@ -622,12 +728,17 @@ def _check_options(guide: Any, num_iterations: int, kl_budget: Any, centring: An
             f"guide={type(guide).__name__} has no part to learn; use TwistedSMC for fixed guides, "
             "or a LearnedTwist such as SurrogateTwist or ShiftTwist"
         )
-    if not isinstance(num_iterations, int) or num_iterations < 0:
+    if type(num_iterations) is not int or num_iterations < 0:
         raise ValueError(f"num_iterations={num_iterations!r}; give a whole number, 0 or more")
-    if kl_budget is not None and not kl_budget > 0:
+    if kl_budget is not None and not _in_range(kl_budget, 0, math.inf):
         raise ValueError(f"kl_budget={kl_budget!r}; give a positive number of nats")
-    if centring != "ess" and not 0 <= centring <= 1:
+    if centring != "ess" and centring != 0 and not _in_range(centring, 0, 1):
         raise ValueError(f"centring={centring!r}; give 'ess' or a number from 0 to 1")
+
+
+def _in_range(value: Any, low: float, high: float) -> bool:
+    """Whether it is a number above one bound and not above the other."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low < value <= high
 
 
 def _check_record(guide: Any, record: str) -> None:
@@ -659,19 +770,40 @@ def _device(given: torch.device | str | None) -> torch.device | None:
 
 
 def _temper_columns(one: Pass, kl_budget: float) -> list[Tempering]:
-    """The trust-region step of every population."""
+    """The trust-region step of the population that allows least, taken by every population."""
     size = one.log_path.shape[0]
     columns = zip(one.log_path.reshape(size, -1).T, one.log_base.reshape(size, -1).T, strict=True)
-    return [temper(log_path, log_base, kl_budget) for log_path, log_base in columns]
+    pairs = list(columns)
+    tau = min(temper(*pair, kl_budget).tau for pair in pairs)
+    return [tempered(tau, *pair) for pair in pairs]
 
 
-def _in_fold(like: torch.Tensor, fold: int | None, keep: bool) -> torch.Tensor:
-    """Whether a final path is in a fold (or, without ``keep``, in another), shaped ``like``."""
-    if fold is None:
-        return torch.ones_like(like, dtype=torch.bool)
-    index = torch.arange(len(like), device=like.device) % min(4, len(like))
-    inside = (index == fold) == keep
-    return inside.reshape((-1,) + (1,) * (like.dim() - 1)).expand(like.shape)
+def _folds(one: Pass) -> torch.Tensor:
+    """
+    To which of the folds each final path belongs, shaped like the weights.
+
+    Paths that share an ancestor share most of their steps, and a fold with one of them would know
+    the others: they are told apart by their first ancestors, or as early as there are two.
+    """
+    size = one.log_path.shape[0]
+    lineages = [lineage.reshape(size, -1) for lineage in one.lineages()]
+    columns = torch.arange(one.log_path[0].numel())
+    return torch.stack([_told_apart(lineages, int(j)) for j in columns], 1).reshape(
+        one.log_path.shape
+    )
+
+
+def _told_apart(lineages: Sequence[torch.Tensor], column: int) -> torch.Tensor:
+    for lineage in lineages:
+        labels, index = lineage[:, column].unique(return_inverse=True)
+        if len(labels) > 1:
+            return index % _FOLDS
+    return torch.arange(len(lineages[-1]), device=lineages[-1].device) % _FOLDS
+
+
+def _in_fold(folds: torch.Tensor, fold: int | None, keep: bool) -> torch.Tensor:
+    """Whether a final path is in a fold, or, without ``keep``, in another."""
+    return torch.ones_like(folds, dtype=torch.bool) if fold is None else (folds == fold) == keep
 
 
 def _weighted(
@@ -679,20 +811,30 @@ def _weighted(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Weights of the chosen final paths tempered by ``tau``, and back; their effective size."""
     alive = torch.isfinite(one.log_path)
-    log_path = torch.where(alive, one.log_path, 0.0)
-    log_base = torch.where(alive & chosen, one.log_base, -math.inf)
-    towards = log_base + tau * log_path
+    log_base = torch.where(chosen, one.log_base, -math.inf)
+    towards = torch.where(alive, log_base + tau * torch.where(alive, one.log_path, 0.0), -math.inf)
     ess = weights.effective_sample_size(towards)
     empty = weights.log_sum_exp(towards) == -math.inf
     share = torch.where(empty, 0.0, 1.0) / empty.numel()
     normal = torch.where(empty, -math.inf, towards - weights.log_sum_exp(towards)).exp() * share
+    # dead paths count here: the score has mean zero over all paths of the law they were drawn from
     base = torch.where(empty, -math.inf, log_base - weights.log_sum_exp(log_base)).exp() * share
     return normal, base, float(ess.mean())
 
 
+def _without_inverses(kernel: Any) -> Any:
+    """A distribution whose transforms have forgotten their inverses, which refer back to them."""
+    transforms = list(getattr(kernel, "transforms", ()))
+    for one in transforms:
+        one._inv = None
+        transforms.extend(getattr(one, "parts", ()))
+    if hasattr(kernel, "base_dist"):
+        _without_inverses(kernel.base_dist)
+    return kernel
+
+
 def _assign(twist: Any, parameters: Any, vector: torch.Tensor) -> None:
-    # a copy: parameters become views of the vector, and fits write in place
-    vector_to_parameters(vector.clone(), parameters)
+    _put(vector, parameters)
     with torch.no_grad():
         for part in learned_parts(twist):
             part.constrain()
@@ -701,5 +843,14 @@ def _assign(twist: Any, parameters: Any, vector: torch.Tensor) -> None:
 def _fitted(
     twist: Any, parameters: Any, start: torch.Tensor, batches: Sequence[Paths | Quadratic]
 ) -> None:
-    vector_to_parameters(start.clone(), parameters)
-    fit_likelihood(twist, batches)
+    _put(start, parameters)
+    for part, some in separate(twist, batches):
+        fit_likelihood(part, some)
+
+
+def _put(vector: torch.Tensor, parameters: Any) -> None:
+    """Copies a vector into parameters, each of which keeps its dtype."""
+    with torch.no_grad():
+        parts = vector.split([one.numel() for one in parameters])
+        for one, part in zip(parameters, parts, strict=True):
+            one.copy_(part.reshape(one.shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from pyro_twist.infer import SMCFailed, TrustRegionTwist, TwistedSMC, pool
-from pyro_twist.infer.trustregion import temper
+from pyro_twist.infer.trustregion import temper, tempered
+from pyro_twist.infer.trustregiontwist import _temper_columns
 from pyro_twist.twists import (
     BackwardTwist,
     CalibratedLookahead,
@@ -718,3 +720,160 @@ def test_parameters_share_no_memory_with_what_was_kept(guard: bool) -> None:
     with torch.no_grad():
         first.fill_(7.0)
     assert all(torch.equal(*pair) for pair in zip(others, kept, strict=True))
+
+
+class Wall(LinearGaussianChain):
+    """A factor in the middle of the path that kills half of the particles."""
+
+    def step(self, state: Any, t: int) -> None:
+        super().step(state, t)
+        if t == 3:
+            pyro.factor("wall", torch.where(state["x"][..., 0] > 0, 0.0, -torch.inf))
+
+
+@pytest.mark.parametrize("centring", ["ess", 1.0])
+def test_centring_keeps_what_a_constraint_says(centring: Any) -> None:
+    """Dead paths count where the score has mean zero: the fit is that of plain likelihood."""
+    found = []
+    for share in (0.0, centring):
+        smc = plain(Positive(4, dim=1), 4000, 1e9, centring=share)
+        found.append(smc.fit(1).guide.theta.detach())
+    assert found[0].abs().max() > 0.3
+    # two estimates from 4000 paths with sds of about 0.02: 5 of them
+    assert torch.allclose(*found, atol=0.1)
+
+
+def test_dead_paths_that_were_resampled_away_switch_centring_off() -> None:
+    smc = plain(Wall(4, dim=1), 64, 1e9, centring=1.0, ess_threshold=0.9)
+    smc.fit(1)
+    assert smc.passes[0].gap and smc._centring_of(0) == 0.0
+    smc = plain(Positive(4, dim=1), 64, 1e9, centring=1.0, ess_threshold=0.9)
+    smc.fit(1)  # they are there at the end
+    assert not smc.passes[0].gap and smc._centring_of(0) == 1.0
+
+
+def test_every_pass_stays_in_its_trust_region() -> None:
+    """Whatever the nominal way to the target: older passes, and those after its end, as well."""
+    budget = 0.2
+    smc = plain(LinearGaussianChain(6, k=1.5, dim=3), 16, budget, reuse=True, centring="ess")
+    smc.fit(4)
+    for etas in (smc._etas, [1.0] * 4):
+        smc._etas = list(etas)
+        for k, one in enumerate(smc.passes):
+            tau = smc._tau_towards(1.0, k)
+            used = tempered(tau, one.log_path, one.log_base)
+            assert 0 < tau <= 1 and used.kl <= budget + 1e-6
+
+
+def test_the_hardest_population_sets_the_step() -> None:
+    """The divergence is inside the budget in each, and the reported one is that of the step."""
+    chain = LinearGaussianChain(2, k=1.0, dim=1)
+    smc = plain(chain, 8, 0.1)
+    smc.sample()
+    scale = torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64)
+    one = replace(
+        smc.passes[0],
+        log_path=torch.linspace(0, 1, 8, dtype=torch.float64)[:, None] * scale,
+        log_base=torch.zeros(8, 3, dtype=torch.float64),
+    )
+    steps = _temper_columns(one, 0.1)
+    assert len({step.tau for step in steps}) == 1
+    assert max(step.kl for step in steps) == pytest.approx(0.1, abs=1e-6)
+
+
+def test_paths_of_one_ancestor_are_in_one_fold() -> None:
+    """Systematic resampling puts siblings side by side: by position they would be split."""
+    chain = LinearGaussianChain(6, k=1.5, dim=1)
+    guide = LookaheadTwist(chain) + Pull(chain)
+    smc = TrustRegionTwist(chain, guide, 16, ess_threshold=1.0, seed=2)
+    smc.sample()
+    one, folds = smc.passes[0], smc._folds[0]
+    lineage = next(x for x in one.lineages() if len(x.unique()) > 1)
+    assert len(lineage.unique()) < 16
+    for ancestor in lineage.unique():
+        assert len(folds[lineage == ancestor].unique()) == 1
+    assert len(folds.unique()) == min(4, len(lineage.unique()))
+
+
+def test_pooled_results_claim_no_diagnostics() -> None:
+    chain = LinearGaussianChain(3, dim=1)
+    smc = TrustRegionTwist(chain, Pull(chain), 4, num_iterations=1, seed=0)
+    pooled = smc.run()
+    assert pooled.diagnostics is None and smc.last.diagnostics is not None
+    with pytest.raises(ValueError, match="TrustRegionTwist.last"):
+        pooled.plot()
+    alone = TrustRegionTwist(chain, Pull(chain), 4, num_iterations=0, seed=0).run()
+    assert alone.diagnostics is not None
+
+
+def test_passes_lost_in_fit_count_as_zero() -> None:
+    """1e-6, as for passes lost in a run."""
+    found = []
+    for seed in range(300):
+        smc = TrustRegionTwist(Positive(2, dim=1), None, 1, seed=seed)
+        for _ in range(2):
+            with suppress(SMCFailed):
+                smc.fit(1)
+        lost = len(smc._lost) == 2
+        found.append(0.0 if lost else float(smc.pooled().log_normalizer.exp()))
+    assert_mean(torch.tensor(found), 0.5, max_relative_sd=0.1)
+
+
+def test_sizes_of_passes_made_by_hand() -> None:
+    chain = LinearGaussianChain(3, dim=1)
+    options: dict[str, Any] = dict(num_iterations=2, final_particles=16, seed=0)
+    smc = TrustRegionTwist(chain, None, 4, **options)
+    assert [one.log_path.shape[0] for one in smc.fit(4).passes] == [4] * 4
+    assert smc.sample().num_particles == 4
+    assert smc.run().num_particles == 24
+    smc.init()
+    assert smc.state["x"].shape[0] == 4
+
+
+def test_resuming_a_fit_ends_with_the_fit() -> None:
+    class Fragile(LinearGaussianChain):
+        calls = 0
+
+        def step(self, state: Any, t: int) -> None:
+            self.calls += 1
+            if self.calls == 5:
+                raise RuntimeError("out of memory")
+            super().step(state, t)
+
+    chain = Fragile(3, dim=1)
+    smc = TrustRegionTwist(chain, None, 4, seed=0)
+    with pytest.raises(RuntimeError):
+        smc.fit(3)
+    smc.resume()
+    assert len(smc.passes) == len(smc.iterations) == 3
+
+
+@pytest.mark.parametrize("size", [0, -3, 4.5, True, "a"])
+def test_numbers_of_particles_are_checked(size: Any) -> None:
+    chain = LinearGaussianChain(3, dim=1)
+    with pytest.raises(ValueError, match="num_particles"):
+        TrustRegionTwist(chain, None, size)
+    with pytest.raises(ValueError, match="final_particles"):
+        TrustRegionTwist(chain, None, 4, final_particles=size)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_budget": 0},
+        {"kl_budget": "x"},
+        {"centring": "all"},
+        {"centring": None},
+        {"centring": -0.1},
+        {"stop_ess": 5},
+        {"stop_ess": "x"},
+        {"num_iterations": True},
+        {"num_iterations": 1.5},
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
+    chain = LinearGaussianChain(3, dim=1)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        TrustRegionTwist(chain, None, 4, **options)
+    with pytest.raises(ValueError, match="num_iterations"):
+        TrustRegionTwist(chain, None, 4).fit(-1)
