@@ -7,6 +7,11 @@ The log-weight increments of one step, site by site.
 A latent site contributes the log-ratio of model kernel and proposal; an observation or a factor of
 the model its log-probability; a factor or an auxiliary site of the guide minus its own. A latent
 site that the guide does not propose is drawn from the model and contributes nothing.
+
+Handlers around the model enter as follows. The scale of a site is a power of the model's density,
+at latent sites too: ``s log p - log q``, where ``q`` is what was drawn from, and has no scale. A
+mask takes factors and observations away; a latent site keeps its law. A latent site whose value a
+handler has set already, or that an intervention has left without use, is no business of a guide.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.infer_config_messenger import InferConfigMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import site_is_subsample
 
@@ -32,6 +38,7 @@ __all__ = [
     "LogProbReducer",
     "effect_increments",
     "explicit_increments",
+    "latent_sites",
     "sample_sites",
 ]
 
@@ -60,6 +67,18 @@ def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
             yield name, site
 
 
+def latent_sites(trace: poutine.Trace, *, given: bool = False) -> Iterator[tuple[str, Site]]:
+    """
+    The latent sites of a trace that were drawn and whose values the model uses.
+
+    :param bool given: Whether those count that a handler has given a value instead.
+    """
+    for name, site in sample_sites(trace):
+        how = site.get("_left_alone")
+        if not site["is_observed"] and (how is None or (given and how == "given")):
+            yield name, site
+
+
 def _increment(name: str, site: Site, value: torch.Tensor) -> Increment:
     return Increment(name, value, tuple(site["cond_indep_stack"]))
 
@@ -69,13 +88,61 @@ def _log_prob(site: Site) -> torch.Tensor:
     return scale_and_mask(value, site["scale"], site["mask"])
 
 
-def _is_plain(site: Site) -> bool:
-    scale = site["scale"]
-    return site["mask"] is None and not isinstance(scale, torch.Tensor) and scale == 1.0
-
-
 def _is_deterministic(site: Site) -> bool:
     return bool(site["infer"].get("_deterministic", False))
+
+
+def _draw_log_prob(site: Site) -> torch.Tensor:
+    """The log-density that a value was drawn from, which no scale or mask changes."""
+    value: torch.Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return value
+
+
+def _latent(name: str, site: Site, p: Any, q: Any) -> Iterator[Increment]:
+    """What a latent site adds that was drawn from ``q``: nothing if that is the model's ``p``."""
+    _refuse_subsample(name, site)
+    if p is not q:
+        yield _increment(name, site, log_ratio(p, q, site["value"]))
+    scale = site["scale"]
+    if isinstance(scale, torch.Tensor) or scale != 1.0:
+        power = p.log_prob(site["value"]).double() * (scale - 1.0)
+        yield _increment(name, site, power)
+
+
+def _refuse_subsample(name: str, site: Site) -> None:
+    for plate in site["cond_indep_stack"]:
+        if plate.full_size not in (None, plate.size):
+            raise ValueError(
+                f"the latent site {name!r} is in the plate {plate.name!r}, of which {plate.size} "
+                f"of {plate.full_size} entries are drawn; particles cannot be weighted by a part "
+                "of their latents. Draw the whole plate."
+            )
+
+
+class _Watch(Messenger):
+    """Sees what the handlers around a model have made of its sites, before any guide does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_alone: set[str] = set()
+        self.parameters: set[str] = set()
+
+    def _pyro_sample(self, msg: Site) -> None:
+        unused = msg.get("_intervener_id") is not None
+        if site_is_subsample(msg) or msg["is_observed"] or not (unused or msg["value"] is not None):
+            return
+        msg["_left_alone"] = "unused" if unused else "given"
+        self.left_alone.add(msg["name"])
+
+    def _pyro_param(self, msg: Site) -> None:
+        self.parameters.add(msg["name"])
+
+    def without_parameters(self, trace: poutine.Trace) -> poutine.Trace:
+        """Drops parameters that a handler around the run has made a site of the outer program."""
+        for name in self.parameters & set(trace.nodes):
+            if trace.nodes[name]["type"] == "sample":
+                trace.remove_node(name)
+        return trace
 
 
 def effect_increments(
@@ -96,26 +163,30 @@ def effect_increments(
     :returns: The trace, and the increments of all sites that have one.
     :rtype: tuple
     """
+    watch = _Watch()
     if guide is None:
-        with poutine.trace() as tracer, plate:
+        with poutine.trace() as tracer, plate, watch:
             run(state, *args, **kwargs)
-        return tracer.trace, list(_effects(tracer.trace))
-    with _called(guide, ((state, *args), kwargs)), guide, plate:
+        trace = watch.without_parameters(tracer.trace)
+        return trace, list(_effects(trace))
+    with _called(guide, ((state, *args), kwargs), watch.left_alone), guide, plate, watch:
         if isinstance(guide, AutoMessenger):
             # what its own __call__ would do: parameters are not batched over particles
             object.__setattr__(guide, "_outer_plates", get_plates())
         run(state, *args, **kwargs)
-    trace, guide.trace = guide.trace, poutine.Trace()
+    trace, guide.trace = watch.without_parameters(guide.trace), poutine.Trace()
     return trace, list(_effects(trace))
 
 
 @contextmanager
-def _called(guide: GuideMessenger, args_kwargs: Any) -> Iterator[None]:
+def _called(guide: GuideMessenger, args_kwargs: Any, left_alone: set[str]) -> Iterator[None]:
     """Tells the guide its arguments, and marks the sites that it emits itself."""
     original = guide.get_posterior
     mark: Any = {"_from_guide": True}
 
     def marked(name: str, prior: Any) -> Any:
+        if name in left_alone:
+            return prior
         with InferConfigMessenger(lambda site: mark):
             return original(name, prior)
 
@@ -131,16 +202,19 @@ def _called(guide: GuideMessenger, args_kwargs: Any) -> Iterator[None]:
 
 def _effects(trace: poutine.Trace) -> Iterator[Increment]:
     for name, site in sample_sites(trace):
-        prior = site["infer"].get("prior")
         if site["infer"].get("_from_guide"):
             if not _is_deterministic(site):
-                yield _increment(name, site, -_log_prob(site))
+                yield _increment(name, site, -_guide_log_prob(site))
         elif site["is_observed"]:
             if not _is_deterministic(site):
                 yield _increment(name, site, _log_prob(site))
-        elif prior is not None and prior is not site["fn"]:
-            ratio = log_ratio(prior, site["fn"], site["value"])
-            yield _increment(name, site, scale_and_mask(ratio, site["scale"], site["mask"]))
+        elif "_left_alone" not in site:
+            yield from _latent(name, site, site["infer"].get("prior", site["fn"]), site["fn"])
+
+
+def _guide_log_prob(site: Site) -> torch.Tensor:
+    """A factor as it is handled, or the density that an auxiliary value was drawn from."""
+    return _log_prob(site) if site["is_observed"] else _draw_log_prob(site)
 
 
 def explicit_increments(
@@ -161,11 +235,14 @@ def explicit_increments(
     :raises ValueError: If the guide samples a site that the model lacks, or repeats a factor.
     """
     lock = state._lock() if hasattr(state, "_lock") else nullcontext()
-    with poutine.trace() as guide_tracer, lock, plate:
+    guide_watch = _Watch()
+    with poutine.trace() as guide_tracer, lock, plate, guide_watch:
         guide(state, *args, **kwargs)
-    with poutine.trace() as tracer, poutine.replay(trace=guide_tracer.trace), plate:
+    guide_trace, watch = guide_watch.without_parameters(guide_tracer.trace), _Watch()
+    with poutine.trace() as tracer, poutine.replay(trace=guide_trace), plate, watch:
         run(state, *args, **kwargs)
-    return tracer.trace, list(_replayed(tracer.trace, guide_tracer.trace))
+    trace = watch.without_parameters(tracer.trace)
+    return trace, list(_replayed(trace, guide_trace))
 
 
 def _replayed(trace: poutine.Trace, guide_trace: poutine.Trace) -> Iterator[Increment]:
@@ -175,22 +252,36 @@ def _replayed(trace: poutine.Trace, guide_trace: poutine.Trace) -> Iterator[Incr
         model_site = trace.nodes.get(name)
         if model_site is None or model_site["type"] != "sample":
             _check_extra(name, site, trace)
-            yield _increment(name, site, -_log_prob(site))
-        elif site["is_observed"]:
-            raise ValueError(
-                f"the guide's factor or observation {name!r} has a namesake in the model, which "
-                "would count it twice. Rename the one in the guide."
-            )
-        elif model_site["is_observed"]:
-            raise ValueError(
-                f"the guide samples {name!r}, which the model observes. Take it out of the guide, "
-                "for example with poutine.block(hide=...)."
-            )
+            yield _increment(name, site, -_guide_log_prob(site))
         else:
-            yield _increment(name, model_site, _site_ratio(name, model_site, site))
+            _check_shared(name, model_site, site)
+            yield from _latent(name, model_site, model_site["fn"], site["fn"])
     for name, site in sample_sites(trace):
-        if site["is_observed"] and not _is_deterministic(site):
-            yield _increment(name, site, _log_prob(site))
+        if site["is_observed"]:
+            if not _is_deterministic(site):
+                yield _increment(name, site, _log_prob(site))
+        elif name not in guide_trace and "_left_alone" not in site:
+            yield from _latent(name, site, site["fn"], site["fn"])
+
+
+def _check_shared(name: str, model_site: Site, site: Site) -> None:
+    if site["is_observed"]:
+        raise ValueError(
+            f"the guide's factor or observation {name!r} has a namesake in the model, which "
+            "would count it twice. Rename the one in the guide."
+        )
+    if model_site["is_observed"] or model_site.get("_left_alone") == "given":
+        how = "observes" if model_site["is_observed"] else "has been given a value for"
+        raise ValueError(
+            f"the guide samples {name!r}, which the model {how}. Take it out of the guide, "
+            "for example with pyro_twist.handlers.block(guide, hide=...)."
+        )
+    p, q = model_site["fn"], site["fn"]
+    if p.event_dim != q.event_dim:
+        raise ValueError(
+            f"site {name!r} has event_dim {p.event_dim} in the model and {q.event_dim} in the "
+            "guide; declare the same with .to_event() in both"
+        )
 
 
 def _check_extra(name: str, site: Site, trace: poutine.Trace) -> None:
@@ -201,18 +292,6 @@ def _check_extra(name: str, site: Site, trace: poutine.Trace) -> None:
         f"the guide samples {name!r}, but the model has no such site (it has {known}). Rename it, "
         "or mark it infer={'is_auxiliary': True}."
     )
-
-
-def _site_ratio(name: str, model_site: Site, guide_site: Site) -> torch.Tensor:
-    p, q, value = model_site["fn"], guide_site["fn"], model_site["value"]
-    if p.event_dim != q.event_dim:
-        raise ValueError(
-            f"site {name!r} has event_dim {p.event_dim} in the model and {q.event_dim} in the "
-            "guide; declare the same with .to_event() in both"
-        )
-    if _is_plain(model_site) and _is_plain(guide_site):
-        return log_ratio(p, q, value)
-    return _log_prob(model_site).double() - _log_prob(guide_site).double()
 
 
 class LogProbReducer:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pyro import poutine
 
-from pyro_twist.infer.increments import sample_sites
+from pyro_twist.infer.increments import latent_sites
 from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.result import Diagnostics
 
@@ -83,8 +83,8 @@ class Record:
     def keep_sites(self, trace: poutine.Trace) -> None:
         """Remembers the latent values of a step that is under way."""
         if self.history == "paths":
-            sites = sample_sites(trace)
-            self._pending = {name: s["value"] for name, s in sites if not s["is_observed"]}
+            sites = latent_sites(trace, given=True)
+            self._pending = {name: site["value"] for name, site in sites}
 
     def add(
         self,

@@ -17,8 +17,10 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.smcfilter import SMCFailed, SMCFilter
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.runtime import get_plates
+from pyro.poutine.runtime import _PYRO_STACK, get_plates
 
 from pyro_twist.infer import weights
 from pyro_twist.infer.increments import (
@@ -26,6 +28,7 @@ from pyro_twist.infer.increments import (
     LogProbReducer,
     effect_increments,
     explicit_increments,
+    sample_sites,
 )
 from pyro_twist.infer.particles import ParticleState, take_ancestors
 from pyro_twist.infer.randomness import RandomStream
@@ -154,12 +157,7 @@ class TwistedSMC(SMCFilter):
 
         Any arguments are passed to the ``init`` of model and guide.
         """
-        vectorized = [plate.name for plate in get_plates() if plate.vectorized]
-        if vectorized:
-            raise ValueError(
-                f"init was called inside the plate {vectorized[0]!r}, which cannot reach the "
-                "particles. Put the plate inside the model and name it population_plate."
-            )
+        _refuse_plates("init")
         self._reset()
         self._restart_stream()
         with poutine.block():
@@ -248,6 +246,7 @@ class TwistedSMC(SMCFilter):
     # one step
 
     def _move(self, method: str, args: Any, kwargs: Any, *, resample: bool = True) -> None:
+        _refuse_plates(method)
         with self._accounts(), self._transaction(), self._stream(), torch.no_grad():
             increments = self._propagate(method, args, kwargs)
             log_twist = self._look_ahead(method, args, kwargs)
@@ -301,6 +300,7 @@ class TwistedSMC(SMCFilter):
                 trace, found = explicit_increments(
                     run, getattr(self.guide, method), self.particle_plate, self.state, args, kwargs
                 )
+        _refuse_outer_values(trace)
         if method == "init":
             self._allocate(trace)
         self._reducer.check_latents(trace)
@@ -542,6 +542,29 @@ class TwistedSMC(SMCFilter):
 def _label(method: str, args: Any) -> str:
     """A short name of a step for messages."""
     return f"{method}({args[0]})" if args and isinstance(args[0], (int, str)) else method
+
+
+def _refuse_plates(method: str) -> None:
+    vectorized = [plate.name for plate in get_plates() if plate.vectorized]
+    if vectorized:
+        raise ValueError(
+            f"{method} was called inside the plate {vectorized[0]!r}, which cannot reach the "
+            "particles. Put the plate inside the model and name it population_plate."
+        )
+
+
+def _refuse_outer_values(trace: poutine.Trace) -> None:
+    """Handlers around a run see its parameters only; values meant for its sites are an error."""
+    for frame in _PYRO_STACK:
+        if not isinstance(frame, (ConditionMessenger, DoMessenger)):
+            continue
+        meant = [name for name, _ in sample_sites(trace) if name in frame.data]
+        if meant:
+            name = "condition" if isinstance(frame, ConditionMessenger) else "do"
+            raise ValueError(
+                f"a poutine.{name} around the run sets {meant[0]!r}, which it cannot reach. Wrap "
+                f"the model instead: pyro_twist.handlers.{name}(model, data=...)."
+            )
 
 
 def _check_guide(guide: Any) -> None:

@@ -26,13 +26,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_twist.rewards.reward import Reward, RewardError
+from pyro_twist.wrapper import ModelWrapper
 
 __all__ = ["RewardTilted", "Tilted", "log_potential"]
 
 _RESERVED_NAMES = ("x", "x0_hat")
 
 
-class Tilted:
+class Tilted(ModelWrapper):
     """
     A model times a potential of its end state.
 
@@ -65,44 +66,9 @@ class Tilted:
             )
         if not callable(potential):
             raise ValueError(f"potential must be a function of (state, x0), got {potential!r}")
-        self.model = model
+        super().__init__(model)
         self.potential = potential
         self._plate = _plate_of(model)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "model" or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.model!r})"
-
-    @property
-    def timesteps(self) -> tuple[int, ...]:
-        """The base model's time indices ``(T, ..., 1)``."""
-        return tuple(self.model.timesteps)
-
-    @property
-    def keep_graph(self) -> bool:
-        """Whether the base model keeps the graph of one denoiser evaluation for gradient twists."""
-        return bool(self.model.keep_graph)
-
-    @keep_graph.setter
-    def keep_graph(self, value: bool) -> None:
-        self.model.keep_graph = value
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The base model's evaluation counts."""
-        return dict(getattr(self.model, "counts", {}))
-
-    def init(self, state: Any, *args: Any, **kwargs: Any) -> None:
-        """
-        Runs the base model's ``init``.
-
-        :param dict state: The state, written to.
-        """
-        self.model.init(state, *args, **kwargs)
 
     def step(self, state: Any, t: int, *args: Any, **kwargs: Any) -> None:
         """
@@ -129,21 +95,6 @@ class Tilted:
         with _inside(self._plate):
             self.potential(state, x0)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """
-        Runs a whole trajectory, for any Pyro tool that takes a callable.
-
-        Any arguments are passed to ``init``.
-
-        :returns: The end state, of shape ``batch_shape + event_shape``.
-        """
-        state: dict[str, Any] = {}
-        self.init(state, *args, **kwargs)
-        for t in self.timesteps:
-            self.step(state, t)
-        end: Tensor = state["x"]
-        return end
-
     def _end(self, state: Any) -> None:
         self.potential(state, state["x"])
 
@@ -160,9 +111,10 @@ class RewardTilted(Tilted):
         ``"reward"``; or a dict of them by name. Instead of one function, a sequence of ``P``
         gives each entry of the base model's plate of size ``P`` its own, for example one per
         prompt.
-    :param scale: The strength ``lambda``, a number or a tensor that broadcasts to the batch
-        shape, or a dict of them by the rewards' names. A scale of 0 gives the factor 0, also
-        where the reward is minus infinity.
+    :param scale: The strength ``lambda``: a number, a tensor that broadcasts to the batch shape,
+        the name of an entry of the state, such as a latent drawn in ``init``, or a dict of them by
+        the rewards' names. A scale of 0 gives the factor 0, also where the reward is minus
+        infinity.
     :param bool decode: Whether rewards get ``model.decode(x0)``, images in [0, 1] of shape
         ``(B, C, H, W)``, or ``x0`` itself, of shape ``(B,) + event_shape``; all batch dims are
         flattened to one.
@@ -228,17 +180,20 @@ class RewardTilted(Tilted):
         return {name: reward(samples).reshape(batch_shape) for name, reward in self.rewards.items()}
 
     def _emit(self, state: Any, x0: Tensor) -> None:
-        self._factors(self.evaluate(x0))
+        self._factors(state, self.evaluate(x0))
 
     def _end(self, state: Any) -> None:
         values = self.evaluate(state["x"])
         for name, value in values.items():
             state[name] = value.detach()
-        self._factors(values)
+        self._factors(state, values)
 
-    def _factors(self, values: Mapping[str, Tensor]) -> None:
+    def _factors(self, state: Any, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            pyro.factor(name, _scaled(name, self.scales[name], value))
+            scale = self.scales[name]
+            if isinstance(scale, str):
+                scale = _entry(state, name, scale)
+            pyro.factor(name, _scaled(name, scale, value))
 
     def _check_names(self) -> None:
         for name in self.rewards:
@@ -449,9 +404,19 @@ def _named_scales(scale: Any, names: tuple[str, ...]) -> dict[str, Any]:
     if set(scales) != set(names):
         raise ValueError(f"scale has the names {sorted(scales)}, the rewards {sorted(names)}")
     for name, value in scales.items():
-        if not torch.isfinite(torch.as_tensor(value)).all():
+        if not isinstance(value, str) and not torch.isfinite(torch.as_tensor(value)).all():
             raise ValueError(f"scale of {name!r} is {value}; give finite numbers")
     return scales
+
+
+def _entry(state: Any, name: str, key: str) -> Tensor:
+    if key not in state:
+        raise ValueError(
+            f"scale of {name!r} is state[{key!r}], but the state has only {list(state)}; draw it "
+            "in init, for example with WithLatents"
+        )
+    value: Tensor = state[key]
+    return value
 
 
 def _scaled(name: str, scale: Any, values: Tensor) -> Tensor:
