@@ -6,6 +6,7 @@
 from pyro_twist.infer.baselines import BestOfN, ImportanceSampling
 from pyro_twist.infer.resampling import RESAMPLING, get_resampling, register_resampling
 from pyro_twist.infer.result import Diagnostics, SMCResult
+from pyro_twist.infer.treesearch import Frontier, SearchStep, TreeSearch
 from pyro_twist.infer.trustregion import Tempering, dual_temper, temper
 from pyro_twist.infer.trustregiontwist import Iteration, TrustRegionTwist, default_twist, pool
 from pyro_twist.infer.twistedsmc import SMCFailed, TwistedSMC
@@ -14,11 +15,14 @@ __all__ = [
     "RESAMPLING",
     "BestOfN",
     "Diagnostics",
+    "Frontier",
     "ImportanceSampling",
     "Iteration",
     "SMCFailed",
     "SMCResult",
+    "SearchStep",
     "Tempering",
+    "TreeSearch",
     "TrustRegionTwist",
     "TwistedSMC",
     "default_twist",
