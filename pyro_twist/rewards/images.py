@@ -11,16 +11,14 @@ part.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyro_twist.rewards.registry import RewardRegistry
 from pyro_twist.rewards.reward import Reward
 
 __all__ = [
@@ -253,27 +251,24 @@ def smoothness() -> Reward:
     return _statistic("smoothness", minus_variation)
 
 
-@dataclass(frozen=True)
-class _Named:
-    make: Callable[..., Reward]
-    description: str
-
-
-_REGISTRY = {
-    "blue": _Named(lambda: dominance("blue"), "blue minus the mean of red and green, -1 to 1"),
-    "bright": _Named(brightness, "mean luma, 0 (black) to 1 (white)"),
-    "colour": _Named(colour, "closeness of the mean colour to rgb=..., 0 to 1"),
-    "colourful": _Named(colourfulness, "Hasler-Süsstrunk colourfulness, 0 (grey) to about 1"),
-    "compressible": _Named(jpeg_compressibility, "minus the JPEG file size, in kB"),
-    "contrast": _Named(contrast, "standard deviation of luma, 0 to 0.5"),
-    "dark": _Named(darkness, "one minus mean luma, 0 (white) to 1 (black)"),
-    "green": _Named(lambda: dominance("green"), "green minus the mean of red and blue, -1 to 1"),
-    "incompressible": _Named(jpeg_incompressibility, "JPEG file size, in kB"),
-    "red": _Named(lambda: dominance("red"), "red minus the mean of green and blue, -1 to 1"),
-    "saturated": _Named(saturation, "mean HSV saturation, 0 (grey) to 1"),
-    "smooth": _Named(smoothness, "minus the mean difference of neighbouring pixels, -1 to 0"),
-    "symmetric": _Named(symmetry, "one minus the mean difference to the mirror image, 0 to 1"),
-}
+_REGISTRY = RewardRegistry(
+    "image",
+    {
+        "blue": (lambda: dominance("blue"), "blue minus the mean of red and green, -1 to 1"),
+        "bright": (brightness, "mean luma, 0 (black) to 1 (white)"),
+        "colour": (colour, "closeness of the mean colour to rgb=..., 0 to 1"),
+        "colourful": (colourfulness, "Hasler-Süsstrunk colourfulness, 0 (grey) to about 1"),
+        "compressible": (jpeg_compressibility, "minus the JPEG file size, in kB"),
+        "contrast": (contrast, "standard deviation of luma, 0 to 0.5"),
+        "dark": (darkness, "one minus mean luma, 0 (white) to 1 (black)"),
+        "green": (lambda: dominance("green"), "green minus the mean of red and blue, -1 to 1"),
+        "incompressible": (jpeg_incompressibility, "JPEG file size, in kB"),
+        "red": (lambda: dominance("red"), "red minus the mean of green and blue, -1 to 1"),
+        "saturated": (saturation, "mean HSV saturation, 0 (grey) to 1"),
+        "smooth": (smoothness, "minus the mean difference of neighbouring pixels, -1 to 0"),
+        "symmetric": (symmetry, "one minus the mean difference to the mirror image, 0 to 1"),
+    },
+)
 
 
 def image_rewards() -> dict[str, str]:
@@ -282,7 +277,7 @@ def image_rewards() -> dict[str, str]:
 
     :returns: For every name one line that says what is measured, in which unit.
     """
-    return {name: named.description for name, named in _REGISTRY.items()}
+    return _REGISTRY.descriptions()
 
 
 def image_reward(name: str, **options: Any) -> Reward:
@@ -300,19 +295,7 @@ def image_reward(name: str, **options: Any) -> Reward:
         >>> image_reward("bright")(torch.full((2, 3, 8, 8), 0.25)).tolist()
         [0.25, 0.25]
     """
-    if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, _REGISTRY, 1)
-        meant = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"no image reward {name!r}{meant} There are: {', '.join(_REGISTRY)}.")
-    make = _REGISTRY[name].make
-    try:
-        inspect.signature(make).bind(**options)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(make).parameters) or "none"
-        raise ValueError(f"image reward {name!r}: {error}; its options are: {known}") from None
-    reward = make(**options)
-    reward.name = name
-    return reward
+    return _REGISTRY.make(name, **options)
 
 
 def _jpeg(name: str, quality: int, sign: float) -> Reward:

@@ -11,8 +11,11 @@ from importlib import import_module
 import pytest
 import torch
 
+MODULES = ["charlm", "classifiers", "images", "molecules", "proteins", "reward", "samples"]
+MODULES += ["text", "textmodels", "tilted"]
 
-@pytest.mark.parametrize("module", ["classifiers", "images", "reward", "samples", "tilted"])
+
+@pytest.mark.parametrize("module", MODULES)
 def test_examples(module: str) -> None:
     found = import_module(f"pyro_twist.rewards.{module}")
     result = doctest.testmod(found, extraglobs={"torch": torch})
