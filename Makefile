@@ -25,7 +25,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 # The environment, once per set of extras and again when what is installed changes.
-$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt requirements-antibodies.txt
 	@test -x "$(BIN)/pip" || { echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
 	    $(PYTHON) -m venv "$(VENV)"; }
 	@echo "Installing pyro-twist[$(extras-$*)]: a minute or two the first time"
@@ -36,6 +36,9 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	    echo "The installation failed; trying again in $$((10 * try)) s" >&2; \
 	    sleep $$((10 * try)); \
 	done
+	@# weights alone: what these packages ask for is not needed
+	@if [ "$*" = test ]; then $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+	    $(PIP_ARGS) -r requirements-antibodies.txt; fi
 	@touch $@
 
 align: $(VENV)/.installed-run  ## align the shipped emoji model to a reward

@@ -16,15 +16,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_twist import align, diffusion, infer, rewards, twists, viz, zoo
-    from pyro_twist.diffusion import GaussianDenoiser, GaussianDiffusion, GaussianMixtureDenoiser
+    from pyro_twist import align, diffusion, handlers, infer, latents, rewards, twists, viz, zoo
+    from pyro_twist.diffusion import (
+        GaussianDenoiser,
+        GaussianDiffusion,
+        GaussianMixtureDenoiser,
+        MaskedDiffusion,
+    )
     from pyro_twist.infer import (
         BestOfN,
         ImportanceSampling,
         SMCResult,
+        TreeSearch,
         TrustRegionTwist,
         TwistedSMC,
     )
+    from pyro_twist.latents import AutoLatents, JointTwist, WithLatents
     from pyro_twist.rewards import (
         Reward,
         RewardError,
@@ -32,33 +39,46 @@ if TYPE_CHECKING:
         Tilted,
         image_reward,
         log_potential,
+        molecule_reward,
+        protein_reward,
+        text_reward,
     )
     from pyro_twist.twists import LookaheadTwist, Twist
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoLatents",
     "BestOfN",
     "GaussianDenoiser",
     "GaussianDiffusion",
     "GaussianMixtureDenoiser",
     "ImportanceSampling",
+    "JointTwist",
     "LookaheadTwist",
+    "MaskedDiffusion",
     "Reward",
     "RewardError",
     "RewardTilted",
     "SMCResult",
     "Tilted",
+    "TreeSearch",
     "TrustRegionTwist",
     "Twist",
     "TwistedSMC",
+    "WithLatents",
     "__version__",
     "align",
     "diffusion",
+    "handlers",
     "image_reward",
     "infer",
+    "latents",
     "log_potential",
+    "molecule_reward",
+    "protein_reward",
     "rewards",
+    "text_reward",
     "twists",
     "viz",
     "zoo",
@@ -66,8 +86,22 @@ __all__ = [
 
 _HOMES = {
     "align": (),
-    "diffusion": ("GaussianDenoiser", "GaussianDiffusion", "GaussianMixtureDenoiser"),
-    "infer": ("BestOfN", "ImportanceSampling", "SMCResult", "TrustRegionTwist", "TwistedSMC"),
+    "diffusion": (
+        "GaussianDenoiser",
+        "GaussianDiffusion",
+        "GaussianMixtureDenoiser",
+        "MaskedDiffusion",
+    ),
+    "handlers": (),
+    "infer": (
+        "BestOfN",
+        "ImportanceSampling",
+        "SMCResult",
+        "TreeSearch",
+        "TrustRegionTwist",
+        "TwistedSMC",
+    ),
+    "latents": ("AutoLatents", "JointTwist", "WithLatents"),
     "rewards": (
         "Reward",
         "RewardError",
@@ -75,6 +109,9 @@ _HOMES = {
         "Tilted",
         "image_reward",
         "log_potential",
+        "molecule_reward",
+        "protein_reward",
+        "text_reward",
     ),
     "twists": ("LookaheadTwist", "Twist"),
     "viz": (),

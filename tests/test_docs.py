@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "docs/index.md",
+    "docs/composition.md",
     "docs/statespace.md",
     "docs/api/pyro_twist.md",
     "docs/extending/model.md",

@@ -13,12 +13,15 @@ This is what the command ``pyro-twist align`` runs, without the command line::
     align.write_report(outcome)
 """
 
-from pyro_twist.align.domains import Domain, Judgement, ZooImages, domains, find_domain
+from pyro_twist.align.domains import Domain, Judgement, domains, find_domain
+from pyro_twist.align.images import ZooImages
 from pyro_twist.align.job import AlignmentFailed, Progress, run, tilted_model
 from pyro_twist.align.methods import Method, Setting, default_methods, methods, register_method
 from pyro_twist.align.options import AlignOptions, OptionError
 from pyro_twist.align.outcome import Arm, Outcome, Score, Strength
 from pyro_twist.align.report import write_report
+from pyro_twist.align.sequences import ZooSequences
+from pyro_twist.align.shown import Shown, ShownRow, ShownSection
 
 __all__ = [
     "AlignOptions",
@@ -32,8 +35,12 @@ __all__ = [
     "Progress",
     "Score",
     "Setting",
+    "Shown",
+    "ShownRow",
+    "ShownSection",
     "Strength",
     "ZooImages",
+    "ZooSequences",
     "default_methods",
     "domains",
     "find_domain",

@@ -9,26 +9,20 @@ Everything else in the job is the same for images, molecules and text.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from pyro_twist.align.options import AlignOptions, OptionError, unknown
-from pyro_twist.align.rewardoptions import number_or_text, parse_reward_options
+from pyro_twist.align.options import AlignOptions, unknown
+from pyro_twist.align.shown import Shown, ShownSection
 
 if TYPE_CHECKING:
     from pyro_twist.rewards import Reward
-    from pyro_twist.zoo import Classifier, Entry
+    from pyro_twist.rewards.samples import Input
 
-__all__ = ["Domain", "Judgement", "ZooImages", "domains", "find_domain"]
-
-_OF_COLOUR = ("blue", "colour", "colourful", "green", "red", "saturated")
+__all__ = ["Domain", "Judgement", "domains", "find_domain"]
 
 
 @dataclass(frozen=True)
@@ -46,14 +40,18 @@ class Judgement:
 
 class Domain(Protocol):
     """
-    A model with everything around it that the job uses. Samples are what ``model.decode`` returns,
-    along dim 0.
+    A model with everything around it that the job uses. A batch of samples is a tensor, or an
+    array of strings; particles are along dim 0.
     """
 
     name: str
     description: str
     classes: tuple[str, ...]
     default_reward: str
+    #: What a function of the user's own is handed, see :class:`~pyro_twist.rewards.Reward`.
+    input: Input
+    #: Packages whose versions determine the numbers.
+    packages: tuple[str, ...]
 
     def match_class(self, given: str | int) -> int:
         """The index of a class, from what a user would type."""
@@ -61,184 +59,38 @@ class Domain(Protocol):
     def load(self, labels: Sequence[int], options: AlignOptions) -> Any:
         """The model: without class, of one class, or with a plate ``"classes"`` of several."""
 
+    def facts(self, options: AlignOptions, model: Any) -> list[tuple[str, str]]:
+        """Settings of the model that matter, by name, for the head of the page."""
+
     def rewards(self) -> dict[str, str]:
         """The named rewards, with a line on each."""
 
     def reward(self, name: str, argument: str) -> Reward:
         """The reward ``name``, or ``name:argument``."""
 
-    def judge(self, samples: Tensor, label: int | None) -> Judgement:
+    def decoded(self, model: Any, x: Tensor) -> Any:
+        """End states as a batch of samples."""
+
+    def numbers(self, samples: Any) -> Any:
+        """Samples as a tensor or an array that can be saved without pickling."""
+
+    def properties(self, samples: Any) -> dict[str, Sequence[Any]]:
+        """A table of samples, by column, one entry per sample; empty if there is no use in one."""
+
+    def judge(self, samples: Any, label: int | None) -> Judgement:
         """Judges samples that should be of a class, or of any."""
 
     def judge_explained(self, with_class: bool) -> str:
         """What the judge's score is, in one sentence."""
 
-    def distances(self, samples: Tensor) -> Tensor:
+    def distances(self, samples: Any) -> Tensor:
         """Distances between samples, of shape ``(B, B)``."""
 
     def distance_explained(self) -> str:
         """What the distance is, in a few words."""
 
-    def pictures(self, samples: Tensor) -> list[np.ndarray[Any, Any]]:
-        """Each sample as a uint8 picture of shape ``(height, width, 3)``."""
-
-
-class ZooImages:
-    """
-    The image models of :mod:`pyro_twist.zoo`.
-
-    :param str name: One of :func:`pyro_twist.zoo.models`.
-    """
-
-    def __init__(self, name: str) -> None:
-        from pyro_twist import zoo
-
-        self.name = name
-        self._entry: Entry = zoo.entry(name)
-        self.description = self._entry.description
-        self.classes = self._entry.classes
-        self._grey = self._entry.event_shape[0] == 1
-        self.default_reward = "bright" if self._grey else "red"
-
-    def match_class(self, given: str | int) -> int:
-        """
-        The index of a class.
-
-        :param given: Its index, its name in any case, a part of the name, or one with a typo that
-            leaves no doubt.
-        :raises OptionError: If it is none or several.
-        """
-        return _match(given, self.classes, self.name)
-
-    def load(self, labels: Sequence[int], options: AlignOptions) -> Any:
-        """
-        Loads the model.
-
-        :param labels: The indices of the classes; one opens no plate, several open the plate
-            ``"classes"``, none samples without a class.
-        :param AlignOptions options: Guidance, steps, scheduler and chunk size are used.
-        """
-        from pyro_twist import zoo
-
-        if options.scheduler not in ("ddpm", "ddim"):
-            raise unknown("scheduler", options.scheduler, ("ddpm", "ddim"))
-        label = None if not labels else labels[0] if len(labels) == 1 else list(labels)
-        return zoo.load(
-            self.name,
-            label,
-            guidance_scale=options.guidance,
-            num_inference_steps=options.steps,
-            scheduler=options.scheduler,  # type: ignore[arg-type]
-            chunk_size=options.chunk_size,
-        )
-
-    def rewards(self) -> dict[str, str]:
-        """The named image rewards that fit the images, and the log-probability of a class."""
-        from pyro_twist.rewards import image_rewards
-
-        hidden = _OF_COLOUR if self._grey else ()
-        named = {name: line for name, line in image_rewards().items() if name not in hidden}
-        told = {"class:NAME": "log-probability of a class of the model under its classifier, nats"}
-        return {**named, **told}
-
-    def reward(self, name: str, argument: str) -> Reward:
-        """
-        Makes a reward.
-
-        :param str name: A name from :meth:`rewards`, without what is behind a colon.
-        :param str argument: What is behind the colon: ``"option=value,..."``, the value of the
-            only option, or the class.
-        :raises OptionError: If there is no such reward, option or class.
-        """
-        if name == "class":
-            return self._class_reward(argument)
-        from pyro_twist.rewards import image_reward
-
-        if self._grey and name in _OF_COLOUR:
-            raise OptionError(
-                f"--reward {name}: the samples of {self.name!r} are grey, so that colour has no "
-                "meaning; 'pyro-twist rewards' lists what does"
-            )
-        if name not in self.rewards():
-            raise unknown("reward", name, self.rewards())
-        options = parse_reward_options(name, argument)
-        try:
-            reward = image_reward(name, **options)
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"--reward {name}: {error}") from None
-        reward.name = f"{name}:{argument}" if argument else name
-        return reward
-
-    def _class_reward(self, argument: str) -> Reward:
-        from pyro_twist import zoo
-        from pyro_twist.rewards import classifier_log_prob
-
-        if not argument:
-            raise OptionError(
-                f"--reward class: needs a class of {self.name!r}, as in class:{self.classes[0]}"
-            )
-        label = self.match_class(argument)
-        reward = classifier_log_prob(zoo.classifier(self.name), label)
-        reward.name = f"class:{self.classes[label]}"
-        return reward
-
-    @cached_property
-    def _judge(self) -> Classifier:
-        from pyro_twist import zoo
-
-        return zoo.judge(self.name)
-
-    def judge(self, samples: Tensor, label: int | None) -> Judgement:
-        """
-        Judges images with a classifier built differently from the one that rewards may use.
-
-        :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
-        :param int label: The class that was asked for, or ``None``.
-        """
-        log_probs = self._judge(samples.float()).double().log_softmax(-1)
-        best, first = log_probs.max(-1)
-        if label is None:
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
-            return Judgement(best.exp(), {"confidence": best.exp(), "entropy": entropy})
-        log_prob = log_probs[:, label]
-        accuracy = (first == label).double()
-        details = {"probability": log_prob.exp(), "log_prob": log_prob, "accuracy": accuracy}
-        return Judgement(log_prob.exp(), details)
-
-    def judge_explained(self, with_class: bool) -> str:
-        """What the judge's score is."""
-        what = "the class asked for" if with_class else "the class it finds most likely"
-        return (
-            f"Mean probability that the judge, a classifier that no reward uses, gives to {what}; "
-            "1 is best. Where it is lower than for the base model by several times the ± and the "
-            "reward is higher, look for samples that exploit the reward; smaller differences of a "
-            "single run may be chance."
-        )
-
-    def distances(self, samples: Tensor) -> Tensor:
-        """
-        Root mean squared differences of pixels.
-
-        :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
-        :returns: Of shape ``(B, B)``.
-        """
-        rows = samples.flatten(1).double()
-        # by differences: the expanded square would not give exact zeros for copies
-        exact = "donot_use_mm_for_euclid_dist"
-        return torch.cdist(rows, rows, compute_mode=exact) / rows.shape[1] ** 0.5
-
-    def distance_explained(self) -> str:
-        """What the distance is."""
-        return "the root mean squared difference of pixels in [0, 1]"
-
-    def pictures(self, samples: Tensor) -> list[np.ndarray[Any, Any]]:
-        """
-        Images as arrays.
-
-        :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
-        """
-        rgb = (samples.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-        return list(rgb.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    def show(self, sections: Sequence[ShownSection], caption: str) -> Shown:
+        """Draws samples, each with its caption."""
 
 
 def domains() -> dict[str, str]:
@@ -259,44 +111,27 @@ def find_domain(name: str) -> Domain:
     :param str name: One of :func:`domains`.
     :raises OptionError: If there is none of this name.
     """
+    from pyro_twist import zoo
+
     known = domains()
     if name not in known:
         raise unknown("model", name, known)
+    return _of_kind(zoo.entry(name).kind, name)
+
+
+def _of_kind(kind: str, name: str) -> Domain:
+    if kind == "molecules":
+        from pyro_twist.align.molecules import ZooMolecules
+
+        return ZooMolecules(name)
+    if kind == "text":
+        from pyro_twist.align.texts import ZooTexts
+
+        return ZooTexts(name)
+    if kind == "antibodies":
+        from pyro_twist.align.antibodies import ZooAntibodies
+
+        return ZooAntibodies(name)
+    from pyro_twist.align.images import ZooImages
+
     return ZooImages(name)
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[^a-z0-9]+", " ", text.lower().replace("&", " and ")).split())
-
-
-def _match(given: str | int, classes: Sequence[str], model: str) -> int:
-    names, wanted = [_plain(name) for name in classes], _plain(str(given))
-    number = number_or_text(str(given).strip())
-    found: list[int] = []
-    if isinstance(number, int):
-        if 0 <= number < len(names):
-            return number
-    elif wanted in names:
-        return names.index(wanted)
-    elif wanted:
-        starts = [i for i, name in enumerate(names) if name.startswith(wanted)]
-        inside = [i for i, name in enumerate(names) if f" {wanted}" in name]
-        if len(found := starts or inside) == 1:
-            return found[0]
-    listed = [f"{name} ({i})" if name != str(i) else name for i, name in enumerate(classes)]
-    if len(found) > 1:
-        several = ", ".join(listed[i] for i in found)
-        raise OptionError(f"several classes of {model!r} match {str(given)!r}: {several}")
-    raise _unknown_class(given, model, names, listed)
-
-
-def _unknown_class(
-    given: str | int, model: str, names: Sequence[str], listed: Sequence[str]
-) -> OptionError:
-    import difflib
-
-    words = {word: i for i, name in enumerate(names) for word in (*name.split(), name)}
-    is_number = isinstance(number_or_text(str(given).strip()), (int, float))
-    close = [] if is_number else difflib.get_close_matches(_plain(str(given)), words, 1)
-    meant = f" (did you mean {listed[words[close[0]]]!r}?)" if close else ""
-    return OptionError(f"{model!r} has no class {str(given)!r}{meant}; it has {', '.join(listed)}")

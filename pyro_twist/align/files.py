@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from pyro_twist.align.learned import save_twist
 from pyro_twist.align.methods import find_methods
@@ -30,6 +32,9 @@ def save_arm(arm: Arm, outcome: Outcome) -> Path:
     all of shape ``(num_particles, num_populations)`` with the sample's shape behind; ``about`` is
     JSON.
 
+    Samples that are strings are also in ``samples/<method>.csv``, a line each, with what is known
+    of them.
+
     A maximiser's particles are all there too, best first; the best has weight one.
 
     :returns: The file of the samples.
@@ -45,12 +50,34 @@ def save_arm(arm: Arm, outcome: Outcome) -> Path:
         "command": outcome.options.command(),
     }
     path = folder / f"{arm.method.name}.npz"
-    tensors = {"samples": arm.samples.float(), "weights": arm.weights}
+    tensors = {"samples": outcome.domain.numbers(arm.samples), "weights": arm.weights}
     tensors["log_weights"] = arm.log_weights
     tensors |= {f"reward:{name}": values for name, values in arm.rewards.items()}
-    arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in tensors.items()}
+    arrays: dict[str, Any] = {
+        name: value.cpu().numpy() if isinstance(value, Tensor) else value
+        for name, value in tensors.items()
+    }
+    _save_table(arm, outcome, path.with_suffix(".csv"))
     np.savez_compressed(path, about=np.array(json.dumps(about)), **arrays)
     return path
+
+
+def _save_table(arm: Arm, outcome: Outcome, path: Path) -> None:
+    """Writes a line for each sample, if the domain has a table of them."""
+    columns: dict[str, list[Any]] = {}
+    for p, label in enumerate(outcome.labels):
+        properties = outcome.domain.properties(arm.samples[:, p])
+        if not properties:
+            return
+        known: dict[str, Any] = {"class": [label] * len(arm.weights)} if label else {}
+        rewards = {f"reward:{n}": v[:, p].tolist() for n, v in arm.rewards.items()}
+        known |= {**properties, **rewards, "weight": arm.weights[:, p].tolist()}
+        for name, values in known.items():
+            columns.setdefault(name, []).extend(values)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def save_results(outcome: Outcome) -> Path:
@@ -80,12 +107,13 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
         "options": options,
         "model": {"name": outcome.domain.name, "description": outcome.domain.description},
         "classes": [label for label in outcome.labels if label],
-        "guidance": outcome.guidance,
+        "steps": outcome.num_steps,
+        "facts": dict(outcome.facts),
         "rewards": [asdict(strength) for strength in outcome.strengths],
         "calibration_calls": dict(outcome.calibration),
         "methods": [_arm_as_dict(arm, outcome) for arm in outcome.arms],
         "failed": outcome.failures,
-        "versions": versions(),
+        "versions": versions(outcome.domain.packages),
     }
 
 
@@ -107,7 +135,7 @@ def _arm_as_dict(arm: Arm, outcome: Outcome) -> dict[str, Any]:
 
 
 def _steps(arm: Arm) -> dict[str, Any] | None:
-    diagnostics = arm.result.diagnostics
+    diagnostics = arm.last.diagnostics
     if diagnostics is None or not arm.method.tilted or arm.method.returns == "a maximiser":
         return None
     series = {

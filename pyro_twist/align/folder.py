@@ -72,4 +72,5 @@ def _artefacts(folder: Path, found: dict[str, Any]) -> Iterator[Path]:
             yield folder / f"{kind}-{method}.png"
         yield folder / f"twist-{method}.safetensors"
         yield folder / "samples" / f"{method}.npz"
+        yield folder / "samples" / f"{method}.csv"
     yield folder / "results.json"

@@ -9,7 +9,7 @@ import math
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -32,7 +32,15 @@ __all__ = ["AlignmentFailed", "Progress", "ScoredModel", "run", "tilted_model"]
 # Samples that lambda is measured on. The first batch of each class is what the base arm draws by
 # default, which is then used; lambda depends neither on --seed nor on --particles.
 PILOT_SIZE, PILOT_BATCH = 64, 16
-RESERVED = ("objective", "ranking", "lookahead", "lookahead_log_twist")
+RESERVED = (
+    "hidden",
+    "log_potential",
+    "logits",
+    "lookahead",
+    "lookahead_log_twist",
+    "objective",
+    "ranking",
+)
 
 
 class AlignmentFailed(RuntimeError):
@@ -143,8 +151,9 @@ class _Job:
         _check_names(self.rewards)
         self.model = self.domain.load(self.indices, options)
         names = tuple(self.domain.classes[i] for i in self.indices) or ("",)
-        guidance = float(self.model.denoiser.guidance_scale)
-        self.outcome = Outcome(options, self.domain, names, guidance)
+        _check_methods(self.methods, self.model, self.domain)
+        steps, facts = len(self.model.timesteps), self.domain.facts(options, self.model)
+        self.outcome = Outcome(options, self.domain, names, self.indices, steps, facts)
         self.outcome.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.doing = ""
 
@@ -203,6 +212,8 @@ class _Job:
         arm = replace(
             self._read(method, result),
             seconds=time.perf_counter() - start,
+            last=getattr(engine, "last", result),
+            passes=max(1, len(getattr(engine, "passes", ()))),
             twist=getattr(engine, "guide", None),
             iterations=tuple(getattr(engine, "iterations", ())),
         )
@@ -250,12 +261,13 @@ class _Job:
             log_weights = weights.log()
         return Arm(
             method=method,
-            samples=as_matrix(self.model.decode(result.state["x"]), plate),
+            samples=as_matrix(self.domain.decoded(self.model, result.state["x"]), plate),
             rewards=rewards,
             objective=objective(rewards, self._scales(method.tilted)),
             weights=weights,
             log_weights=log_weights,
             result=result,
+            last=result,
         )
 
     # lambda
@@ -311,6 +323,7 @@ class _Job:
         setting = self._setting(ScoredModel(self.model, self.rewards, 0.0), stream, size)
         engine = ImportanceSampling(setting.model, **setting.common)
         drawn = self._run(engine, setting, "Measuring the reward", weighted=False)
+        self.outcome.pilot += size * len(self.outcome.labels)
         self.outcome.calibration = dict(Counter(self.outcome.calibration) + Counter(drawn.counts))
         return {name: as_matrix(drawn.state[name], self.has_plate) for name in self.rewards}
 
@@ -336,6 +349,14 @@ def _class_indices(domain: Domain, options: AlignOptions) -> list[int]:
     if repeated:
         raise OptionError(f"--class {repeated[0]!r} is given twice; name each class once")
     return indices
+
+
+def _check_methods(methods: Sequence[Method], model: Any, domain: Domain) -> None:
+    for method in methods:
+        if method.needs and not hasattr(model, method.needs):
+            raise OptionError(
+                f"--method {method.name} is for models of sequences, which {domain.name!r} is not"
+            )
 
 
 def _check_names(rewards: Mapping[str, Reward]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_twist.align.options import AlignOptions, word
@@ -21,18 +20,22 @@ from pyro_twist.twists.summary import Curve, Direction, Panel
 from pyro_twist.viz import (
     Code,
     Figure,
-    PictureRow,
-    PictureSection,
     Section,
     StepSeries,
     Table,
-    change_pictures,
-    picture_grid,
     plot_series,
 )
 from pyro_twist.viz.page import png_bytes
 
-__all__ = ["KINDS", "learned_pictures", "learned_section", "reuse_code", "save_twist", "twist_file"]
+__all__ = [
+    "KINDS",
+    "learned_pictures",
+    "learned_section",
+    "reuse_code",
+    "save_twist",
+    "told_of",
+    "twist_file",
+]
 
 #: The pictures that there may be; a file's name is that and the method's.
 KINDS = ("push", "twist", "iterations")
@@ -46,14 +49,6 @@ _ABOUT = (
     "not retrained, no gradient of the reward is needed, and whatever is learned, the weights make "
     "up for it: a bad twist makes the estimates noisier, not wrong."
 )
-_PUSH = (
-    "The pictures: the mean of this run's samples, left of it the same pushed the other way, right "
-    "of it pushed, each as far as shows well; then the push itself, {key}."
-)
-_KEYS = {
-    1: "red where it brightens, blue where it darkens and white where it does nothing",
-    3: "the light it adds and the light it takes away, black where it does nothing",
-}
 _COLUMNS = {
     "pass": "The pass that was learned from. The last is not, nor are those after learning ended.",
     "tau": "How far towards the target the fit went from this pass, as a power of the weights of "
@@ -94,7 +89,11 @@ def learned_pictures(arm: Arm, outcome: Outcome) -> dict[str, Figure]:
     """
     found, model = panels(arm), arm.twist.model
     shown = [p for p in found if isinstance(p, Direction) and _of_images(model, p)]
-    pictures = {"push": _push_picture(model, outcome, shown)} if shown else {}
+    pictures = {}
+    if shown:
+        from pyro_twist.align.push import push_picture
+
+        pictures["push"] = push_picture(model, outcome, shown)
     try:
         pictures |= _plots(arm, [panel for panel in found if isinstance(panel, Curve)])
     except ImportError:
@@ -102,50 +101,22 @@ def learned_pictures(arm: Arm, outcome: Outcome) -> dict[str, Figure]:
     return {f"{kind}-{arm.method.name}": figure for kind, figure in pictures.items()}
 
 
-def _push_picture(model: Any, outcome: Outcome, shown: list[Direction]) -> Figure:
-    sections = []
-    for panel in shown:
-        rows = [_push_row(model, panel, outcome, p) for p in range(len(panel.at))]
-        sections.append(PictureSection(rows, panel.title if len(shown) > 1 else ""))
-    key = _KEYS[model.decode(shown[0].at).shape[1]]
-    caption = [*(_told(panel) for panel in shown), _PUSH.format(key=key)]
-    return Figure(png_bytes(picture_grid(sections)), " ".join(caption), "The learned push")
-
-
-def _told(panel: Panel) -> str:
+def told_of(panel: Panel) -> str:
+    """The words of a panel."""
     return f"{panel.title}. {panel.text}"
 
 
 def _of_images(model: Any, panel: Direction) -> bool:
     decoded = model.decode(panel.at) if hasattr(model, "decode") else panel.at
-    return decoded.dim() == 4 and decoded.shape[1] in _KEYS
-
-
-def _push_row(model: Any, panel: Direction, outcome: Outcome, p: int) -> PictureRow:
-    at, change = panel.at[p], panel.change[p]
-    samples = model.decode(torch.stack([at - change, at, at + change]))
-    changes = change_pictures(_decoded(model, change).cpu().numpy())
-    several = len(panel.at) == len(outcome.labels)
-    return PictureRow(
-        label=outcome.heading(p) if several else "",
-        pictures=[*outcome.domain.pictures(samples), *changes.values()],
-        captions=["pushed back", "mean sample", "pushed", *changes],
-    )
-
-
-def _decoded(model: Any, change: Tensor) -> Tensor:
-    """A small change, decoded; around zero, where no pixel is clamped."""
-    small = 0.5 * change / change.abs().max().clamp(min=1e-30)
-    plus, minus = model.decode(torch.stack([small, -small]))
-    return plus - minus
+    return isinstance(decoded, Tensor) and decoded.dim() == 4 and decoded.shape[1] in (1, 3)
 
 
 def _plots(arm: Arm, curves: list[Curve]) -> dict[str, Figure]:
     plots = {}
     if curves:
         series = [StepSeries(c.title, c.steps, c.values, c.label, c.reference) for c in curves]
-        last = None if arm.result.diagnostics is None else len(arm.result.diagnostics.ess) - 1
-        text = " ".join(map(_told, curves))
+        last = None if arm.last.diagnostics is None else len(arm.last.diagnostics.ess) - 1
+        text = " ".join(map(told_of, curves))
         plots["twist"] = Figure(png_bytes(plot_series(series, last=last)), text)
     if arm.iterations:
         drawn = plot_iterations(arm.iterations)
@@ -164,7 +135,7 @@ def learned_section(arm: Arm, outcome: Outcome, pictures: Mapping[str, Figure]) 
     :param Outcome outcome: The job.
     :param dict pictures: Those of :func:`learned_pictures`, perhaps among others.
     """
-    words = [_told(panel) for panel in panels(arm) if not _is_drawn(panel, arm.twist.model)]
+    words = [told_of(panel) for panel in panels(arm) if not _is_drawn(panel, arm.twist.model)]
     names = [f"{kind}-{arm.method.name}" for kind in KINDS]
     shown = [pictures[name] for name in names if name in pictures]
     parts: list[Part] = [_ABOUT.format(title=arm.method.title), *words, *shown]
@@ -274,6 +245,6 @@ def _options(outcome: Outcome) -> Iterator[tuple[str, Any]]:
     yield "model", given.model
     yield "rewards", tuple(map(word, given.rewards))
     yield "scales", tuple(strength.scale for strength in outcome.strengths)
-    for name in ("classes", "guidance", "steps", "scheduler", "chunk_size"):
+    for name in ("classes", "guidance", "steps", "scheduler", "prompt", "chunk_size"):
         if getattr(given, name) != getattr(usual, name):
             yield name, getattr(given, name)

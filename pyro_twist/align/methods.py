@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,6 +15,7 @@ from pyro_twist.infer import (
     BestOfN,
     ImportanceSampling,
     SMCResult,
+    TreeSearch,
     TrustRegionTwist,
     TwistedSMC,
 )
@@ -86,6 +88,7 @@ class Method:
         returns.
     :param callable make: Makes the inference object from a :class:`Setting`.
     :param bool default: Whether it is run if no method is named.
+    :param str needs: An attribute that the model must have, such as ``"mask_token_id"``.
     :param str stream: The method whose random stream it uses, so that both draw the same samples;
         by default its own.
     """
@@ -97,6 +100,7 @@ class Method:
     make: Callable[[Setting], Runnable]
     default: bool = False
     stream: str = ""
+    needs: str = ""
 
     @property
     def tilted(self) -> bool:
@@ -155,6 +159,18 @@ def _steering_at_few(setting: Setting) -> Runnable:
     every = max(1, len(setting.model.timesteps) // 5)
     twist = LookaheadTwist(setting.model, every=every)
     return TwistedSMC(setting.model, twist, **setting.resampled)
+
+
+def _tree_search(setting: Setting) -> Runnable:
+    """A node for every particle, in as many steps."""
+    size = math.ceil(setting.model.event_shape[0] / len(setting.model.timesteps))
+    return TreeSearch(
+        setting.model,
+        setting.num_particles,
+        group_size=size,
+        seed=setting.seed,
+        progress=False,
+    )
 
 
 def _trust_region(setting: Setting) -> Runnable:
@@ -225,5 +241,17 @@ register_method(
         "samples of the tilted law",
         _trust_region,
         default=True,
+    )
+)
+register_method(
+    Method(
+        "tree-search",
+        "Tree search (TReASURe)",
+        "Keeps as many partial sequences as there are particles; reveals one position of each "
+        "after the other, tries four tokens there, and keeps those whose likeliest completions "
+        "have the highest lambda * reward.",
+        "a maximiser",
+        _tree_search,
+        needs="mask_token_id",
     )
 )

@@ -59,8 +59,9 @@ class AlignOptions:
     :param scales: Sets ``lambda`` directly instead, likewise.
     :param float guidance: The strength of classifier-free guidance; by default the model's own.
     :param int particles: The number of particles of each class and method.
-    :param int steps: The number of steps of the reverse process.
-    :param str scheduler: ``"ddpm"`` or ``"ddim"``.
+    :param int steps: The number of steps of the reverse process; by default the model's usual one.
+    :param str scheduler: ``"ddpm"`` or ``"ddim"``, for images; by default the first.
+    :param str prompt: What is given of a text or of an antibody, for models of these.
     :param int seed: The seed of everything random.
     :param str resampling: The resampling scheme of the samplers.
     :param float ess_threshold: Resample when the effective sample size is below this share.
@@ -77,8 +78,9 @@ class AlignOptions:
     scales: tuple[float, ...] = ()
     guidance: float | None = None
     particles: int = 16
-    steps: int = 50
-    scheduler: str = "ddpm"
+    steps: int | None = None
+    scheduler: str | None = None
+    prompt: str | None = None
     seed: int = 0
     resampling: str = "systematic"
     ess_threshold: float = 0.5
@@ -92,7 +94,8 @@ class AlignOptions:
             object.__setattr__(self, name, _as_floats(name, getattr(self, name)))
         object.__setattr__(self, "out", Path(self.out))
         self._check_range("particles", self.particles, 1, 1_000_000)
-        self._check_range("steps", self.steps, 1, MAX_STEPS)
+        if self.steps is not None:
+            self._check_range("steps", self.steps, 1, MAX_STEPS)
         self._check_range("seed", self.seed, 0, MAX_SEED)
         self._check_range("ess-threshold", self.ess_threshold, 0, 1)
         if self.chunk_size is not None:
@@ -139,6 +142,7 @@ _FLAGS = {
     "particles": "particles",
     "steps": "steps",
     "scheduler": "scheduler",
+    "prompt": "prompt",
     "seed": "seed",
     "resampling": "resampling",
     "ess_threshold": "ess-threshold",

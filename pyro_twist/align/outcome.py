@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from pyro_twist.align.domains import Domain
 from pyro_twist.align.methods import Method
 from pyro_twist.align.options import AlignOptions
 from pyro_twist.infer import SMCResult
+from pyro_twist.rewards.samples import originals
 
 __all__ = ["Arm", "Outcome", "Score", "Strength", "score_arm"]
 
@@ -101,14 +103,18 @@ class Arm:
     there is one population.
 
     :param Method method: The method.
-    :param torch.Tensor samples: The decoded samples, with the sample's shape behind.
+    :param samples: The decoded samples: a tensor with the sample's shape behind, or an array of
+        strings.
     :param dict rewards: The unscaled values of each reward, float64.
     :param torch.Tensor objective: The sum of the scaled rewards.
     :param torch.Tensor weights: The share of each particle in what the method returns; a
         maximiser's best has weight one.
     :param torch.Tensor log_weights: The log-weights, unnormalised; for a maximiser the logs of
         ``weights``.
-    :param SMCResult result: The result itself, with the diagnostics.
+    :param SMCResult result: The result itself.
+    :param SMCResult last: The result of the last pass, with diagnostics; of a method of one pass
+        the result itself.
+    :param int passes: The number of passes.
     :param float seconds: What the run took, learning included.
     :param twist: The guide that it ran with at the end, if it has one.
     :param tuple iterations: The :class:`~pyro_twist.infer.Iteration` of each time that it learned.
@@ -116,12 +122,14 @@ class Arm:
     """
 
     method: Method
-    samples: Tensor
+    samples: Any
     rewards: Mapping[str, Tensor]
     objective: Tensor
     weights: Tensor
     log_weights: Tensor
     result: SMCResult
+    last: SMCResult
+    passes: int = 1
     seconds: float = 0.0
     twist: Any = None
     iterations: tuple[Any, ...] = ()
@@ -165,9 +173,12 @@ class Outcome:
     :param AlignOptions options: What was asked for.
     :param Domain domain: The model and its surroundings.
     :param labels: The classes; one empty string if none was asked for.
-    :param float guidance: The guidance scale in force.
+    :param indices: The index of each class; none if none was asked for.
+    :param int num_steps: The number of steps of the reverse process.
+    :param facts: Settings of the model that matter, by name.
     :param strengths: ``lambda`` of each reward.
     :param dict calibration: Calls spent on choosing ``lambda`` beyond the arms.
+    :param int pilot: How many samples were drawn for that beyond the arms.
     :param arms: The methods that have finished, in order.
     :param dict failures: Why others have not, by name.
     :param str error: What ended the job early, empty if nothing did.
@@ -179,9 +190,12 @@ class Outcome:
     options: AlignOptions
     domain: Domain
     labels: tuple[str, ...]
-    guidance: float
+    indices: Sequence[int]
+    num_steps: int
+    facts: Sequence[tuple[str, str]] = ()
     strengths: list[Strength] = field(default_factory=list)
     calibration: Mapping[str, int] = field(default_factory=dict)
+    pilot: int = 0
     arms: list[Arm] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     error: str = ""
@@ -268,11 +282,15 @@ def _score(arm: Arm, domain: Domain, label: str, index: int | None, p: int) -> S
         log_normalizer=log_z if estimates and math.isfinite(log_z) else None,
         ess_min=None if roots is None else _least_ess(arm, p),
         ancestors=None if roots is None else len(roots[weights > 0].unique()),
-        distinct=len(samples[weights > 0].flatten(1).unique(dim=0)),
+        distinct=len(originals(_listed(rows_of(samples, weights > 0))).unique()),
         reward_error={n: standard_error(v[:, p], weights, roots) for n, v in arm.rewards.items()},
         objective_error=standard_error(objective, weights, roots),
         judge_error=standard_error(judged.score, weights, roots),
     )
+
+
+def _listed(samples: Any) -> Any:
+    return samples if isinstance(samples, Tensor) else list(samples)
 
 
 def _least_ess(arm: Arm, p: int) -> float | None:
@@ -328,19 +346,36 @@ def _diversity(distances: Tensor, weights: Tensor) -> float | None:
     return (weights @ distances @ weights).item() * size / (size - 1)
 
 
-def as_matrix(value: Tensor, populations: bool) -> Tensor:
+def rows_of(samples: Any, index: Tensor) -> Any:
+    """
+    Some of a batch of samples.
+
+    :param samples: A tensor, or an array of strings.
+    :param torch.Tensor index: Indices or booleans, of shape ``(B,)``.
+    """
+    return samples[index] if isinstance(samples, Tensor) else samples[index.cpu().numpy()]
+
+
+def as_matrix(value: Any, populations: bool) -> Any:
     """Gives a value without populations a dim of size one for them, behind the particles."""
-    return value if populations else value.unsqueeze(1)
+    return value if populations else value[:, None]
 
 
-def versions() -> dict[str, Any]:
-    """The versions that determine the numbers, and the machine's kind."""
+def versions(more: Sequence[str] = ()) -> dict[str, Any]:
+    """
+    The versions that determine the numbers, and the machine's kind.
+
+    :param more: Further packages; those that are not installed are left out.
+    """
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     from pyro_twist import __version__
 
-    packages = {name: version(name) for name in ("torch", "pyro-ppl", "diffusers", "numpy")}
+    packages = {}
+    for name in ("torch", "pyro-ppl", "numpy", *more):
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     machine = f"{platform.system()} {platform.machine()}"
     return {
         "pyro_twist": __version__,

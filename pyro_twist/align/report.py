@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,22 @@ import torch
 from pyro_twist.align.files import save_results
 from pyro_twist.align.folder import prepare_folder
 from pyro_twist.align.learned import learned_pictures, learned_section
-from pyro_twist.align.outcome import Arm, Outcome, Strength, versions
+from pyro_twist.align.outcome import Arm, Outcome, Strength, rows_of, versions
+from pyro_twist.align.shown import Shown, ShownRow, ShownSection
 from pyro_twist.align.table import CALLS, columns, number, remarks, summary_rows, table_rows
-from pyro_twist.infer import SMCResult, get_resampling
+from pyro_twist.infer import get_resampling
 from pyro_twist.infer.weights import effective_sample_size
 from pyro_twist.viz import (
-    Code,
     Figure,
     Page,
-    PictureRow,
-    PictureSection,
     Section,
     Table,
     WeightedValues,
-    picture_grid,
     plot_rewards,
 )
-from pyro_twist.viz.page import png_bytes
+from pyro_twist.viz.page import Part, png_bytes
 
-__all__ = ["draw_grid", "draw_rewards", "strength_sentences", "write_report"]
+__all__ = ["draw_rewards", "show_samples", "strength_sentences", "write_report"]
 
 SHOWN = 8
 
@@ -47,7 +44,8 @@ _STEPS_TEXT = (
 
 def write_report(outcome: Outcome) -> Path:
     """
-    Writes ``results.json``, ``grid.png``, the plots and ``report.html`` to the outcome's folder.
+    Writes ``results.json``, the plots, ``report.html`` and, for what can be drawn, ``grid.png`` to
+    the outcome's folder.
 
     Without matplotlib the plots are left out.
 
@@ -58,23 +56,23 @@ def write_report(outcome: Outcome) -> Path:
     if not (folder / "results.json").is_file():
         prepare_folder(folder)
     save_results(outcome)
-    pictures = _pictures(outcome)
-    for name, figure in pictures.items():
-        (folder / f"{name}.png").write_bytes(figure.content)
+    pictures, shown = _pictures(outcome), show_samples(outcome)
+    files = {f"{name}.png": figure.content for name, figure in pictures.items()}
+    for name, content in {**files, **shown.files}.items():
+        (folder / name).write_bytes(content)
     path = folder / "report.html"
-    path.write_text(_page(outcome, pictures).to_html(), encoding="utf-8")
+    path.write_text(_page(outcome, pictures, shown.parts).to_html(), encoding="utf-8")
     return path
 
 
 def _pictures(outcome: Outcome) -> dict[str, Figure]:
     if not outcome.arms:
         return {}
-    grid = Figure(png_bytes(draw_grid(outcome)), _grid_caption(outcome), "Samples of each method")
-    pictures = {"grid": grid}
+    pictures: dict[str, Figure] = {}
     try:
         pictures["rewards"] = Figure(png_bytes(draw_rewards(outcome)), _rewards_caption(outcome))
         for arm in outcome.arms:
-            if arm.method.returns == "samples of the tilted law" and arm.result.diagnostics:
+            if arm.method.returns == "samples of the tilted law" and arm.last.diagnostics:
                 pictures[f"steps-{arm.method.name}"] = _steps_figure(arm)
     except ImportError:
         pass
@@ -95,50 +93,46 @@ def _rewards_caption(outcome: Outcome) -> str:
 def _steps_figure(arm: Arm) -> Figure:
     from pyro_twist.infer.plots import plot_diagnostics
 
-    last, passes = _last_pass(arm)
-    plot = plot_diagnostics(last)
-    which = f", the last of {passes} passes" if passes > 1 else ""
+    plot = plot_diagnostics(arm.last)
+    which = f", the last of {arm.passes} passes" if arm.passes > 1 else ""
     title = f"{arm.method.title} ({arm.method.name}){which}"
     plot.suptitle(title, fontsize="medium", x=0.01, ha="left")
     return Figure(png_bytes(plot), alt=f"Diagnostics of {arm.method.name}")
 
 
-def _last_pass(arm: Arm) -> tuple[SMCResult, int]:
-    """The diagnostics of pooled passes are those of the last."""
-    diagnostics, size = arm.result.diagnostics, arm.result.num_particles
-    if diagnostics is not None and diagnostics.ancestors is not None:
-        size = diagnostics.ancestors.shape[1]
-    last = replace(arm.result, log_weights=arm.result.log_weights[-size:])
-    return last, arm.result.num_particles // size
+# the samples
 
 
-# the grid
-
-
-def draw_grid(outcome: Outcome) -> Any:
+def show_samples(outcome: Outcome) -> Shown:
     """
-    Draws samples of each method, class by class.
+    Shows samples of each method, class by class.
 
     Samplers are shown by equally weighted draws of their particles, maximisers by their ranking.
 
-    :returns: The picture, a :class:`PIL.Image.Image`.
+    :param Outcome outcome: The job.
+    :returns: Parts of the page, none if no method has finished, and pictures.
     """
+    if not outcome.arms:
+        return Shown()
     sections = [
-        PictureSection([_row(outcome, arm, p) for arm in outcome.arms], outcome.heading(p))
+        ShownSection([_row(outcome, arm, p) for arm in outcome.arms], outcome.heading(p))
         for p in range(len(outcome.labels))
     ]
-    return picture_grid(sections)
+    return outcome.domain.show(sections, _caption(outcome))
 
 
-def _row(outcome: Outcome, arm: Arm, p: int) -> PictureRow:
+def _row(outcome: Outcome, arm: Arm, p: int) -> ShownRow:
     maximiser = arm.method.returns == "a maximiser"
     index = torch.arange(min(SHOWN, len(arm.weights))) if maximiser else _draws(arm, p)
     name = outcome.single_reward
     values = arm.ranking if name is None else arm.rewards[name]
-    return PictureRow(
+    samples = rows_of(arm.samples[:, p], index)
+    judged = outcome.domain.judge(samples, outcome.indices[p] if outcome.indices else None)
+    return ShownRow(
         label=arm.method.name,
-        pictures=outcome.domain.pictures(arm.samples[index, p]),
+        samples=samples,
         captions=[number(value) for value in values[index, p].tolist()],
+        judged=[number(value) for value in judged.score.tolist()],
         notes=_notes(outcome, arm, p),
         faded=len(index) - 1 if maximiser else 0,
     )
@@ -158,13 +152,13 @@ def _notes(outcome: Outcome, arm: Arm, p: int) -> list[str]:
     return [short.get(arm.method.returns, arm.method.returns), f"{name} {reward}", f"judge {judge}"]
 
 
-def _grid_caption(outcome: Outcome) -> str:
+def _caption(outcome: Outcome) -> str:
     name = outcome.single_reward
     unit = f"reward ({name})" if name else _sum_name(outcome)
     size = min(SHOWN, outcome.options.particles)
     draws = f"{size} equally weighted draws" if size > 1 else "one draw"
     return (
-        f"Below each picture: its {unit}. Samplers are shown by {draws}, in which a heavy particle "
+        f"its {unit}. Samplers are shown by {draws}, in which a heavy particle "
         "may appear several times; a maximiser by the sample it returns, followed by the next "
         "best, pale."
     )
@@ -199,12 +193,12 @@ def _sum_name(outcome: Outcome) -> str:
 # the page
 
 
-def _page(outcome: Outcome, pictures: dict[str, Figure]) -> Page:
+def _page(outcome: Outcome, pictures: dict[str, Figure], samples: Sequence[str | Part]) -> Page:
     names = " + ".join(outcome.reward_names) or "a reward"
     stacks = [figure for name, figure in pictures.items() if name.startswith("steps-")]
     sections = [
         *([Section("In numbers", list(_tables(outcome)))] if outcome.arms else []),
-        *([Section("Samples", [pictures["grid"]])] if "grid" in pictures else []),
+        Section("Samples", samples),
         *([Section("Class by class", list(_class_tables(outcome)))] if outcome.arms else []),
         *(learned_section(arm, outcome, pictures) for arm in outcome.arms if arm.has_learned),
         Section("How strong the tilt is", list(strength_sentences(outcome))),
@@ -234,15 +228,19 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     scales = ", ".join(f"{strength.scale:g}" for strength in outcome.strengths)
     return [
         ("model", outcome.domain.name),
-        ("class", ", ".join(outcome.labels) if outcome.labels != ("",) else "any"),
+        *([("class", _class_names(outcome))] if outcome.domain.classes else []),
         ("reward", ", ".join(outcome.reward_names) or ABSENT_YET),
         ("λ", scales or ABSENT_YET),
         ("particles", str(options.particles)),
-        ("steps", f"{options.steps}, {options.scheduler}"),
-        ("guidance", f"{outcome.guidance:g}"),
+        ("steps", str(outcome.num_steps)),
+        *outcome.facts,
         ("resampling", f"{options.resampling}, below {options.ess_threshold:g} N"),
         ("seed", str(options.seed)),
     ]
+
+
+def _class_names(outcome: Outcome) -> str:
+    return ", ".join(outcome.labels) if outcome.labels != ("",) else "any"
 
 
 ABSENT_YET = "not reached"
@@ -268,14 +266,14 @@ def _class_tables(outcome: Outcome) -> Iterator[str | Table]:
         yield Table(headings, table_rows(outcome, p))
 
 
-def _greek(part: str | Code | Table | Figure) -> Any:
+def _greek(part: str | Part) -> Any:
     """Writes lambda as a letter, except in code and in the names of functions."""
-    if isinstance(part, Code):
-        return part
     if isinstance(part, str):
         return re.sub(r"(?<![<\w])lambda(?![>\w])", "λ", part)
     if isinstance(part, Figure):
         return replace(part, caption=_greek(part.caption), alt=_greek(part.alt))
+    if not isinstance(part, Table):
+        return part
     return replace(
         part,
         columns=[*map(_greek, part.columns)],
@@ -305,7 +303,7 @@ def strength_sentences(outcome: Outcome) -> Iterator[str]:
 
 def _where_measured(outcome: Outcome, size: int) -> str:
     denoiser, reward = (outcome.calibration.get(kind, 0) for kind in ("denoiser", "reward"))
-    drawn = denoiser // outcome.options.steps
+    drawn = outcome.pilot
     if drawn == 0:
         return "The samples for that are those of base."
     those = f"The {size} samples for that"
@@ -367,10 +365,11 @@ def _warning(outcome: Outcome) -> str:
 
 
 def _footer(outcome: Outcome) -> str:
-    of = versions()
+    of = versions(outcome.domain.packages)
+    more = "".join(f", {name} {of[name]}" for name in outcome.domain.packages if name in of)
     return (
         f"{outcome.started}, {outcome.seconds:.0f} s in all, on {of['machine']}, threads: "
         f"{of['threads']}. pyro_twist {of['pyro_twist']}, Python {of['python']}, "
-        f"torch {of['torch']}, Pyro {of['pyro-ppl']}, diffusers {of['diffusers']}. Every figure is "
+        f"torch {of['torch']}, Pyro {of['pyro-ppl']}{more}. Every figure is "
         "in results.json, every final particle with its reward and weight in samples/."
     )

@@ -1,15 +1,18 @@
 # Copyright Contributors to the pyro_twist project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is behind the colon of a named image reward."""
+"""What is behind the colon of a named reward."""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
 from typing import Any
 
 from pyro_twist.align.options import OptionError
 
-__all__ = ["number_or_text", "parse_reward_options"]
+__all__ = ["number_or_text", "parse_options", "parse_reward_options"]
 
 # the only option of each reward that has one, which need not be named, and an example
 _OPTIONS = {
@@ -20,9 +23,46 @@ _OPTIONS = {
 }
 
 
+def parse_options(name: str, argument: str, make: Callable[..., Any]) -> dict[str, Any]:
+    """
+    Reads ``"option=value,option=value"``; the first may be the value of the first option alone.
+
+    Values may hold commas and equals signs, as SMARTS do: only what is the name of an option
+    begins one.
+
+    :param str name: The reward.
+    :param str argument: What is behind the colon, empty for nothing.
+    :param callable make: The function that makes the reward, whose arguments are the options.
+    :returns: The options by name: numbers, True, False, None, or text.
+    :raises OptionError: If there is no such option, or one is missing.
+    """
+    parameters = inspect.signature(make).parameters
+    known = ", ".join(parameters)
+    if not parameters and argument:
+        raise OptionError(f"--reward {name}: it has no options; leave out {argument!r}")
+    options: dict[str, Any] = {}
+    either = "|".join(map(re.escape, parameters))
+    for part in re.split(rf",\s*(?=(?:{either})\s*=)", argument) if argument else ():
+        key, equals, value = part.partition("=")
+        if not equals or key.strip() not in parameters:
+            if options:
+                raise OptionError(f"--reward {name}: no option in {part!r}; they are: {known}")
+            key, value = next(iter(parameters)), part
+        options[key.strip()] = _python_value(value.strip())
+    for key, parameter in parameters.items():
+        if key not in options and parameter.default is parameter.empty:
+            raise OptionError(f"--reward {name}: say which {key}, as in {name}:{key}=...")
+    return options
+
+
+def _python_value(text: str) -> Any:
+    named = {"true": True, "false": False, "none": None}
+    return named.get(text.lower(), number_or_text(text))
+
+
 def parse_reward_options(name: str, argument: str) -> dict[str, Any]:
     """
-    Reads ``"option=value"``, or the value alone.
+    Reads ``"option=value"``, or the value alone, for a reward on images.
 
     :param str name: The reward.
     :param str argument: What is behind the colon, empty for nothing.

@@ -150,7 +150,7 @@ def columns(outcome: Outcome) -> list[Column]:
 
 CALLS = {
     "denoiser calls": "Samples that went through the network, the budget that all methods share; "
-    "classifier-free guidance counts once.",
+    "classifier-free guidance counts once, and a sequence that a step left as it was not again.",
     "reward calls": "Samples that were scored, the look-aheads of the samplers included; copies "
     "in one batch are scored once.",
     "seconds": "Time of the run, learning included, loading not.",

@@ -41,15 +41,15 @@ def _make(domain: Domain, given: str | Callable[..., Any]) -> Reward:
     if isinstance(given, Reward):
         return given
     if not isinstance(given, str):
-        return _wrapped(given)
+        return _wrapped(given, domain)
     name, colon, argument = given.strip().partition(":")
     if not colon or name in {known.partition(":")[0] for known in domain.rewards()}:
         return domain.reward(name.strip(), argument.strip())
     function = load_function(given)
-    return function if isinstance(function, Reward) else _wrapped(function)
+    return function if isinstance(function, Reward) else _wrapped(function, domain)
 
 
-def _wrapped(function: Callable[..., Any]) -> Reward:
+def _wrapped(function: Callable[..., Any], domain: Domain) -> Reward:
     name = getattr(function, "__name__", type(function).__name__)
 
     @functools.wraps(function)
@@ -59,7 +59,7 @@ def _wrapped(function: Callable[..., Any]) -> Reward:
             raise TypeError(f"{name} returned None; it may lack a 'return'")
         return values
 
-    return Reward(returning, name=name)
+    return Reward(returning, name=name, input=domain.input)
 
 
 def load_function(path: str) -> Any:

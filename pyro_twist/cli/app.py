@@ -95,7 +95,8 @@ _ALIGN_HELP = (
 )
 _ALIGN_EXAMPLES = (
     "Examples: pyro-twist align emoji -c people -r green;  pyro-twist align emoji -c all "
-    "-r compressible --strength 2;  pyro-twist align digits -c 3 -r my_reward.py:score"
+    "-r compressible --strength 2;  pyro-twist align digits -c 3 -r my_reward.py:score;  "
+    "pyro-twist align molecules -r qed;  pyro-twist align text -r sentiment"
 )
 
 
@@ -113,9 +114,9 @@ def align(
             help="What to align to: a name ('pyro-twist rewards' lists them), with options as in "
             "compressible:quality=50 or colour:orange; class:NAME, the log-probability of a class; "
             "or a function of your own, as package.module:function or file.py:function, which "
-            "takes images of shape (B, C, H, W) in [0, 1] and returns B numbers. Repeat it to add "
-            "rewards up.",
-            show_default="red; bright for digits",
+            "takes images of shape (B, C, H, W) in [0, 1], or a list of B strings, and returns B "
+            "numbers. Repeat it to add rewards up.",
+            show_default="red; bright for digits, qed for molecules, sentiment for text",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -152,6 +153,15 @@ def align(
             rich_help_panel=WHAT,
         ),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="For text: its beginning, with _ for a free word piece. For antibodies: the "
+            "sequence, with ? at free positions.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -183,16 +193,22 @@ def align(
         ),
     ] = 16,
     steps: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="T",
             help="Steps of the reverse process, 1 to 1000.",
+            show_default="the model's usual number, 50 for images",
             rich_help_panel=HOW,
         ),
-    ] = 50,
+    ] = None,
     scheduler: Annotated[
-        str, typer.Option(help="ddpm, or ddim with eta = 1.", rich_help_panel=HOW)
-    ] = "ddpm",
+        str | None,
+        typer.Option(
+            help="For images: ddpm, or ddim with eta = 1.",
+            show_default="ddpm",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     resampling: Annotated[
         str,
         typer.Option(
@@ -254,6 +270,7 @@ def align(
         "particles": particles,
         "steps": steps,
         "scheduler": scheduler,
+        "prompt": prompt,
         "seed": seed,
         "resampling": resampling,
         "ess_threshold": ess_threshold,

@@ -20,7 +20,8 @@ def print_models() -> None:
     rows = []
     for name, description in domains().items():
         classes = ", ".join(find_domain(name).classes)
-        rows.append((name, f"{description}\n[dim]classes: {classes}[/dim]"))
+        listed = f"\n[dim]classes: {classes}[/dim]" if classes else ""
+        rows.append((name, f"{description}{listed}"))
     _print(rows)
 
 

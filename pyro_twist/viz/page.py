@@ -10,9 +10,16 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Code", "Figure", "Page", "Section", "Table"]
+__all__ = ["Code", "Figure", "Page", "Part", "Section", "Table"]
+
+
+class Part(Protocol):
+    """Anything that can stand in a section."""
+
+    def to_html(self) -> str:
+        """Its HTML, which refers to nothing outside the page."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +104,13 @@ class Section:
     A heading and what is below it.
 
     :param str heading: The heading.
-    :param parts: Strings, which become paragraphs, tables, figures and code, in order.
+    :param parts: Strings, which become paragraphs, tables, figures, code and other
+        parts, in order.
     :param bool side_by_side: Whether figures are put in two columns where there is room.
     """
 
     heading: str
-    parts: Sequence[str | Code | Table | Figure] = ()
+    parts: Sequence[str | Part] = ()
     side_by_side: bool = False
 
     def to_html(self) -> str:
@@ -112,7 +120,7 @@ class Section:
         return f"<section><h2>{escape(self.heading)}</h2>{body}</section>"
 
 
-def _part_to_html(part: str | Code | Table | Figure) -> str:
+def _part_to_html(part: str | Part) -> str:
     return f"<p>{escape(part)}</p>" if isinstance(part, str) else part.to_html()
 
 
@@ -237,8 +245,19 @@ dt { font-weight: 600; }
 dd { margin: 0; color: var(--soft); }
 pre { background: #1f2933; color: #f5f7fa; border-radius: 8px; padding: 14px 16px; margin: 0;
   overflow-x: auto; font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.gallery h3 { font-size: 1rem; margin: 18px 0 8px; }
+.row { display: grid; grid-template-columns: 150px 1fr; gap: 6px 18px; padding: 12px 0;
+  border-bottom: 1px solid var(--line); }
+.label span, .card span { display: block; font-size: .8rem; color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)); gap: 10px; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: 6px 8px; text-align: center; }
+.card span:first-of-type { font-weight: 600; color: var(--ink); }
+.card .drawing { aspect-ratio: 4 / 3; }
+.card svg { width: 100%; height: 100%; display: block; }
+.faded { opacity: .42; }
 footer { color: var(--soft); font-size: .85rem; padding: 4px 2px; }
-@media (max-width: 640px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 6px; }
+@media (max-width: 640px) { .row { grid-template-columns: 1fr; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: 6px; }
   section { padding: 16px; } }
 @media print { body { background: #fff; } section { break-inside: avoid; } }
 """

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -17,13 +17,16 @@ from pyro_twist.zoo.classifiers import Classifier, load_classifier
 from pyro_twist.zoo.data import Images, load_images
 
 if TYPE_CHECKING:
-    from pyro_twist.diffusion import GaussianDiffusion
+    from pyro_twist.diffusion import GaussianDiffusion, MaskedDiffusion
 
 __all__ = ["Entry", "classifier", "entry", "images", "judge", "load", "load_folder", "models"]
 
 ROOT = Path(__file__).parent
 
 Label = str | int
+Kind = Literal["images", "molecules", "text", "antibodies"]
+
+_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,25 @@ class Entry:
     """
     What the zoo says about a model.
 
-    :param ~pathlib.Path folder: Its files.
+    :param ~pathlib.Path folder: Its files; the package itself for weights that come with others.
     :param str description: One line.
-    :param tuple classes: The names of the classes; the index after the last is "no class".
-    :param tuple event_shape: Shape of a sample: channels, height, width.
+    :param tuple classes: The names of the classes; the index after the last is "no class". Empty
+        for models without.
+    :param tuple event_shape: Shape of a sample: channels, height, width of images; empty for
+        sequences.
     :param float guidance_scale: The guidance that gives the best samples of a class.
+    :param str kind: What the samples are: ``"images"``, ``"molecules"``, ``"text"`` or
+        ``"antibodies"``.
+    :param int num_inference_steps: The usual number of steps.
     """
 
     folder: Path
     description: str
-    classes: tuple[str, ...]
-    event_shape: tuple[int, ...]
-    guidance_scale: float
+    classes: tuple[str, ...] = ()
+    event_shape: tuple[int, ...] = ()
+    guidance_scale: float = 1.0
+    kind: Kind = "images"
+    num_inference_steps: int = _STEPS
 
     def index(self, label: Label) -> int:
         """
@@ -73,10 +83,17 @@ def models() -> dict[str, str]:
     """
     The models of the zoo.
 
-    :returns: A description of one line for each name.
+    :returns: A description of one line for each name. The antibody models, whose weights come with
+        other packages, are last.
     """
-    names = sorted(path.parent.name for path in ROOT.glob("*/info.json"))
-    return {name: entry(name).description for name in names}
+    from pyro_twist.zoo.antibodies import antibodies
+
+    shipped = {name: entry(name).description for name in _shipped()}
+    return {**shipped, **antibodies()}
+
+
+def _shipped() -> list[str]:
+    return sorted(path.parent.name for path in ROOT.glob("*/info.json"))
 
 
 def entry(name: str) -> Entry:
@@ -86,10 +103,41 @@ def entry(name: str) -> Entry:
     :param str name: One of :func:`models`.
     :raises ValueError: If the zoo has no such model.
     """
-    known = sorted(path.parent.name for path in ROOT.glob("*/info.json"))
+    if name in _shipped():
+        return _read_entry(ROOT / name)
+    known = models()
     if name not in known:
         raise ValueError(f"name={name!r} is not in the zoo; try one of {', '.join(known)}")
-    return _read_entry(ROOT / name)
+    return Entry(ROOT, known[name], kind="antibodies", num_inference_steps=32)
+
+
+@overload
+def load(
+    name: Literal["digits", "emoji"],
+    label: Label | Sequence[Label] | None = None,
+    *,
+    guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
+    scheduler: Literal["ddpm", "ddim"] = "ddpm",
+    **options: Any,
+) -> GaussianDiffusion: ...
+@overload
+def load(
+    name: Literal["molecules", "text", "antiberty", "sapiens"],
+    *,
+    num_inference_steps: int | None = None,
+    **options: Any,
+) -> MaskedDiffusion: ...
+@overload
+def load(
+    name: str,
+    label: Label | Sequence[Label] | None = None,
+    *,
+    guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
+    scheduler: str = "ddpm",
+    **options: Any,
+) -> Any: ...
 
 
 def load(
@@ -97,32 +145,68 @@ def load(
     label: Label | Sequence[Label] | None = None,
     *,
     guidance_scale: float | None = None,
-    num_inference_steps: int = 50,
-    scheduler: Literal["ddpm", "ddim"] = "ddpm",
+    num_inference_steps: int | None = None,
+    scheduler: str = "ddpm",
     **options: Any,
-) -> GaussianDiffusion:
+) -> Any:
     """
     Loads a model from the files of the package, in float32; nothing is downloaded.
+
+    Images are a :class:`~pyro_twist.diffusion.GaussianDiffusion`. Molecules, texts and antibodies
+    are a :class:`~pyro_twist.diffusion.MaskedDiffusion` that decodes to strings; label, guidance
+    and scheduler are for images only. A ``prompt`` fixes a part of a text or an antibody::
+
+        zoo.load("emoji", label="Food & Drink")
+        zoo.load("text", prompt="the film was")
+        zoo.load("antiberty", prompt="EVQLVESGGG____PGGSLRLSC", num_inference_steps=16)
 
     :param str name: One of :func:`models`.
     :param label: The class to sample, by name or index; a list of classes opens the plate
         ``"classes"`` with one population each; ``None`` samples without a class.
     :param float guidance_scale: Strength of classifier-free guidance; by default the one the
         model card recommends if there is a label, and 1, which is none, if there is not.
-    :param int num_inference_steps: Number of steps of the reverse process.
+    :param int num_inference_steps: Number of steps of the reverse process; by default the usual
+        one of the model, 50 for images.
     :param str scheduler: ``"ddpm"``, or ``"ddim"`` with ``eta=1``.
-    :param options: More arguments of :class:`~pyro_twist.diffusion.GaussianDiffusion`.
+    :param options: More arguments of the model's class; for molecules and texts also those of
+        :func:`~pyro_twist.zoo.sequences.load_sequences`, for antibodies those of
+        :func:`~pyro_twist.zoo.antibodies.load_antibodies`.
     :raises ValueError: If there is no such model, class or scheduler.
+    :raises ImportError: If the model's weights or its decoder are not installed.
     """
-    entry(name)
+    about = entry(name)
+    steps = about.num_inference_steps if num_inference_steps is None else num_inference_steps
+    if about.kind != "images":
+        _check_for_images_only(name, label, guidance_scale, scheduler)
+        return _load_sequences(name, about, num_inference_steps=steps, **options)
     return load_folder(
         ROOT / name,
         label,
         guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        scheduler=scheduler,
+        num_inference_steps=steps,
+        scheduler=scheduler,  # type: ignore[arg-type]
         **options,
     )
+
+
+def _check_for_images_only(name: str, label: Any, guidance_scale: Any, scheduler: str) -> None:
+    for option, given in (
+        ("label", label is not None),
+        ("guidance_scale", guidance_scale is not None),
+        ("scheduler", scheduler != "ddpm"),
+    ):
+        if given:
+            raise ValueError(f"{option} is for models of images, which {name!r} is not; leave it")
+
+
+def _load_sequences(name: str, about: Entry, **options: Any) -> MaskedDiffusion:
+    if about.kind == "antibodies":
+        from pyro_twist.zoo.antibodies import load_antibodies
+
+        return load_antibodies(name, **options)
+    from pyro_twist.zoo.sequences import load_sequences
+
+    return load_sequences(about.folder, about.kind, **options)
 
 
 def load_folder(
@@ -172,7 +256,7 @@ def classifier(name: str) -> Classifier:
 
     :param str name: One of :func:`models`.
     """
-    return load_classifier(entry(name).folder / "classifier")
+    return load_classifier(_of_images(name).folder / "classifier")
 
 
 def judge(name: str) -> Classifier:
@@ -182,7 +266,7 @@ def judge(name: str) -> Classifier:
 
     :param str name: One of :func:`models`.
     """
-    return load_classifier(entry(name).folder / "judge")
+    return load_classifier(_of_images(name).folder / "judge")
 
 
 def images(name: str, held_out: bool | None = False) -> Images:
@@ -192,7 +276,7 @@ def images(name: str, held_out: bool | None = False) -> Images:
     :param str name: One of :func:`models`.
     :param bool held_out: Whether to return the held-out pictures; ``None`` returns all.
     """
-    everything = load_images(entry(name).folder / "images.npz")
+    everything = load_images(_of_images(name).folder / "images.npz")
     if held_out is None:
         return everything
     return everything.subset(everything.held_out == held_out)
@@ -200,8 +284,22 @@ def images(name: str, held_out: bool | None = False) -> Images:
 
 def _read_entry(folder: Path) -> Entry:
     about = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-    classes, event_shape = tuple(about["classes"]), tuple(about["event_shape"])
-    return Entry(folder, about["description"], classes, event_shape, about["guidance_scale"])
+    return Entry(
+        folder,
+        about["description"],
+        tuple(about.get("classes", ())),
+        tuple(about.get("event_shape", ())),
+        about.get("guidance_scale", 1.0),
+        about.get("kind", "images"),
+        about.get("num_inference_steps", _STEPS),
+    )
+
+
+def _of_images(name: str) -> Entry:
+    about = entry(name)
+    if about.kind != "images":
+        raise ValueError(f"name={name!r} is a model of {about.kind}; try a model of images")
+    return about
 
 
 def _load_network(folder: Path) -> torch.nn.Module:

@@ -24,7 +24,7 @@ from pyro_twist.infer import ImportanceSampling
 from pyro_twist.rewards import Reward
 
 STEPS, SIZE = 4, 16
-ALL = tuple(align.methods())
+ALL = tuple(name for name, method in align.methods().items() if not method.needs)
 
 
 def run(tmp_path: Path, **options: Any) -> Outcome:

@@ -19,7 +19,6 @@ from pyro_twist import align
 from pyro_twist.align import AlignOptions, OptionError, Outcome
 from pyro_twist.align.learned import reuse_code, twist_file
 from pyro_twist.align.methods import _METHODS, Method, Setting, register_method
-from pyro_twist.align.report import _last_pass
 from pyro_twist.infer import ImportanceSampling, SMCResult, TrustRegionTwist, TwistedSMC
 from pyro_twist.twists import LearnedTwist, tilt
 from pyro_twist.twists.summary import Direction, Panel
@@ -151,10 +150,11 @@ def test_what_is_no_image_is_told_in_words(tmp_path: Path, mine: None) -> None:
 
 def test_diagnostics_are_those_of_the_last_pass(tmp_path: Path) -> None:
     outcome = run(tmp_path)
-    last, passes = _last_pass(outcome.arm("tri-tsmc"))
-    assert (passes, last.num_particles) == (4, SIZE // 4)
-    last, passes = _last_pass(outcome.arm("fk"))
-    assert (passes, last.num_particles) == (1, SIZE)
+    for name, passes in (("tri-tsmc", 4), ("fk", 1)):
+        arm = outcome.arm(name)
+        assert (arm.passes, arm.last.num_particles) == (passes, SIZE // passes)
+        assert arm.result.num_particles == SIZE
+        assert arm.last.diagnostics is not None
 
 
 def test_seconds_are_of_the_whole_run(tmp_path: Path) -> None:
@@ -178,6 +178,6 @@ def test_tilted_model_is_that_of_the_job() -> None:
     options = AlignOptions(model="digits", rewards=("bright", "symmetric"), scales=(2.0, -1.0))
     model = align.tilted_model(options)
     assert model.scales == {"bright": 2.0, "symmetric": -1.0}
-    assert len(model.timesteps) == options.steps
+    assert len(model.timesteps) == 50
     with pytest.raises(OptionError, match="scales is empty"):
         align.tilted_model(AlignOptions(model="digits"))

@@ -35,9 +35,9 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("models", ["digits", "emoji", "Food &"]),
+        ("models", ["digits", "emoji", "Food &", "sapiens"]),
         ("rewards", ["red", "compressible", "class:NAME", "file.py:function"]),
-        ("methods", ["base", "best-of-n", "fk", "a maximiser"]),
+        ("methods", ["base", "best-of-n", "fk", "tree-search", "a maximiser"]),
     ],
 )
 def test_lists(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +85,8 @@ def test_quiet_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["align", "digits", "--reward", "red"], "are grey"),
         (["align", "digits", "--class", "all,3"], "give it alone"),
         (["rewards", "emojis"], "did you mean 'emoji'"),
+        (["align", "digits", "--prompt", "3"], "--prompt is for models of sequences"),
+        (["align", "digits", "--method", "tree-search"], "is for models of sequences"),
     ],
 )
 def test_wrong_options_get_one_sentence(

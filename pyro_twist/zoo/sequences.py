@@ -1,0 +1,158 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Masked diffusion models of molecules and of texts, laid out as those of the zoo.
+
+A folder holds ``info.json``, ``network/``, a masked language model as transformers saves it, and
+``tokenizer/``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyro_twist.diffusion import MaskedDiffusion
+
+__all__ = ["SequenceDecoder", "load_sequences", "selfies_to_smiles"]
+
+_FREE = "[MASK]"
+
+
+def load_sequences(
+    folder: Path,
+    kind: str,
+    *,
+    prompt: str | Sequence[str] | Tensor | None = None,
+    **options: Any,
+) -> MaskedDiffusion:
+    """
+    Loads a masked diffusion model whose samples are strings, in float32.
+
+    :param ~pathlib.Path folder: Its files.
+    :param str kind: ``"molecules"``, decoded from SELFIES to SMILES, or ``"text"``.
+    :param prompt: For texts the beginning of a text, with ``"_"`` for a word piece that is free,
+        as in ``"the _ was very"``; what comes behind is free. Several open the plate ``"prompts"``
+        with one population each. For both kinds also tokens, as
+        :class:`~pyro_twist.diffusion.MaskedDiffusion` takes them.
+    :param options: More arguments of :class:`~pyro_twist.diffusion.MaskedDiffusion`.
+    :raises ValueError: If a prompt is empty, does not fit, or has what the model does not know.
+    """
+    from transformers import AutoTokenizer
+
+    from pyro_twist.diffusion import MaskedDiffusion
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    length = int(tokenizer.model_max_length)
+    if prompt is not None and not isinstance(prompt, Tensor):
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        tokens = torch.stack([_encoded(tokenizer, one, kind, length) for one in prompts])
+        if isinstance(prompt, str):
+            prompt = tokens[0]
+        else:
+            prompt = tokens
+            options.setdefault("plate", ("prompts", len(prompts)))
+    finish = selfies_to_smiles if kind == "molecules" else str.strip
+    with _no_bars():
+        model = MaskedDiffusion.from_pretrained(
+            folder / "network",
+            length,
+            tokenizer=tokenizer,
+            dtype=torch.float32,
+            prompt=prompt,
+            forbidden_token_ids=_unknown(tokenizer),
+            decoder=SequenceDecoder(tokenizer, finish),
+            **options,
+        )
+    network: Any = model.denoiser.network
+    network.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keeps transformers from showing how it reads a small file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class SequenceDecoder:
+    """
+    Tokens to strings: what stands before the first end or padding.
+
+    :param tokenizer: A tokenizer of transformers.
+    :param callable finish: What to make of each string.
+    """
+
+    def __init__(self, tokenizer: Any, finish: Callable[[str], str]) -> None:
+        self.tokenizer, self.finish = tokenizer, finish
+        self._special = torch.tensor(tokenizer.all_special_ids)
+
+    def __call__(self, tokens: Tensor) -> list[str]:
+        """
+        Decodes.
+
+        :param torch.Tensor tokens: Of shape ``(B, length)``.
+        :returns: ``B`` strings.
+        """
+        special = torch.isin(tokens, self._special.to(tokens.device))
+        lengths = special.long().cumsum(-1).eq(0).sum(-1).tolist()
+        rows = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        return [self.finish(text) for text in self.tokenizer.batch_decode(rows)]
+
+
+@functools.lru_cache(maxsize=2**16)
+def selfies_to_smiles(selfies: str) -> str:
+    """
+    The canonical SMILES string of a molecule.
+
+    :param str selfies: The molecule as SELFIES.
+    :returns: The string; empty if the molecule has no atoms.
+    :raises ImportError: If selfies or RDKit is not installed.
+    """
+    try:
+        import selfies as package
+        from rdkit import Chem, rdBase
+    except ImportError as error:
+        raise ImportError(
+            "molecules are decoded with selfies and RDKit: pip install 'pyro-twist[molecules]'"
+        ) from error
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(package.decoder(selfies))
+    return "" if molecule is None else str(Chem.MolToSmiles(molecule))
+
+
+def _unknown(tokenizer: Any) -> tuple[int, ...]:
+    """The token for what the tokenizer does not know, if there is one."""
+    return () if tokenizer.unk_token_id is None else (int(tokenizer.unk_token_id),)
+
+
+def _encoded(tokenizer: Any, prompt: str, kind: str, length: int) -> Tensor:
+    if kind != "text":
+        raise ValueError(
+            f"prompt={prompt!r}: molecules are prompted with tokens, a tensor with the mask token "
+            "at free positions"
+        )
+    marked = re.sub(r"(?<!\S)_(?!\S)", _FREE, prompt)
+    tokens = tokenizer(marked, add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id in tokens:
+        raise ValueError(f"prompt={prompt!r} has a sign that the model does not know")
+    if not 0 < len(tokens) < length:
+        raise ValueError(f"prompt={prompt!r} has {len(tokens)} word pieces; give 1 to {length - 1}")
+    return torch.tensor(tokens + [tokenizer.mask_token_id] * (length - len(tokens)))
