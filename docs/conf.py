@@ -40,7 +40,13 @@ autodoc_preserve_defaults = True
 # References into this package must resolve; those to other projects need no network to build.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!pyro_twist\b).*")]
-nitpick_ignore = [("py:class", "pyro_twist.align.methods.Runnable")]
+nitpick_ignore = [
+    ("py:class", "pyro_twist.align.methods.Runnable"),
+    # what a family keeps of a step for its own fit
+    ("py:class", "pyro_twist.twists.events.TokenTable"),
+    ("py:class", "pyro_twist.twists.hidden._HiddenTable"),
+    ("py:class", "pyro_twist.twists.sequences._Gains"),
+]
 python_use_unqualified_type_names = True
 
 html_theme = "furo"
