@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def report(rows: Sequence[Row]) -> str:
     :param list rows: What ``tests.perf.compare`` wrote.
     """
     parts = [_references(rows)]
-    for size in sorted({row["size"] for row in rows if not _is_reference(row)}):
+    for size in sorted({row["size"] for row in rows if row["arm"] in _TRI}):
         parts += [_evidence(rows, size), _rewards(rows, size), _verdict(rows, size)]
     return "\n\n".join(part for part in [*parts, _ablations(rows)] if part)
 
@@ -58,10 +59,11 @@ def _is_reference(row: Row) -> bool:
 
 
 def _reference_runs(rows: Sequence[Row], task: str) -> list[Row]:
-    """The longest reference runs of a task."""
+    """The longest reference runs of a task of which there are three, else most."""
     runs = [row for row in rows if row["task"] == task and _is_reference(row)]
-    longest = max((row["size"] for row in runs), default=0)
-    return [row for row in runs if row["size"] == longest]
+    sizes = Counter(row["size"] for row in runs)
+    best = max(sizes, key=lambda size: (min(sizes[size], 3), size), default=0)
+    return [row for row in runs if row["size"] == best]
 
 
 def _reference(rows: Sequence[Row], task: str) -> tuple[float, bool]:
