@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_twist.align.options import AlignOptions, OptionError
+from pyro_twist.align.rewardoptions import parse_options
 from pyro_twist.align.sequences import Strings, ZooSequences
 from pyro_twist.rewards.proteins import human_likeness
 from pyro_twist.rewards.registry import RewardRegistry
@@ -30,7 +31,8 @@ class ZooAntibodies(ZooSequences):
     """
 
     default_reward = "human"
-    _masked = False
+    _masked, _same = False, False
+    _chain: Any = "H"
     packages: tuple[str, ...] = ("transformers", "biopython", "antiberty", "sapiens")
     noun, column = "sequence", "sequence"
 
@@ -58,7 +60,10 @@ class ZooAntibodies(ZooSequences):
 
         See :meth:`ZooSequences.reward`.
         """
-        self._masked = self._masked or name == "human"
+        if name == "human":
+            options = parse_options(name, argument, human_likeness)
+            self._masked, self._same = not options.get("masked", False), True
+            self._chain = options.get("chain", "H")
         return super().reward(name, argument)
 
     def figures(self, samples: Sequence[str]) -> dict[str, Tensor]:
@@ -67,16 +72,23 @@ class ZooAntibodies(ZooSequences):
 
         :param samples: Sequences.
         """
-        return {"judge": human_likeness(masked=self._masked)(samples)}
+        return {"judge": human_likeness(self._chain, masked=self._masked)(samples)}
 
     def judge_explained(self, with_class: bool) -> str:
         """What the judge's score is."""
         seen = (
-            "each predicted from all others; the reward 'human' sees the residue that it predicts, "
-            "but is from the same network, so that this is no independent judge"
+            "each predicted from all others"
             if self._masked
-            else "each seen by the network that predicts it; no reward uses it"
+            else "each seen by the network that predicts it"
         )
+        seen += (
+            ". The reward 'human' is the other of the two ways to ask the same network, so that "
+            "this is no independent judge"
+            if self._same
+            else "; no reward uses it"
+        )
+        if self.name == "sapiens":
+            seen += ". Sequences of Sapiens itself are judged by the network that drew them"
         return (
             "Mean log-probability of the residues under Sapiens, a model of human antibodies, in "
             f"nats, at most 0: {seen}."

@@ -38,6 +38,7 @@ class ZooTexts(ZooSequences):
         super().__init__(name)
         self._judge: Reward | None = None
         self._judged = _FLUENCY
+        self._asked: list[str] = []
 
     def registry(self) -> RewardRegistry:
         """The named rewards on texts."""
@@ -52,7 +53,8 @@ class ZooTexts(ZooSequences):
         See :meth:`ZooSequences.reward`.
         """
         reward = super().reward(name, argument)
-        if self._judge is None:
+        self._asked.append(name)
+        if len(self._asked) == 1:
             self._find_judge(name, argument)
         return reward
 
@@ -82,8 +84,10 @@ class ZooTexts(ZooSequences):
 
     def judge_explained(self, with_class: bool) -> str:
         """What the judge's score is."""
+        same = self._judge is None and "fluency" in self._asked
+        which = "the reward itself, for want of another judge" if same else "a judge no reward uses"
         return (
-            f"Mean of a judge that no reward uses: {self._judged}; higher is better. Where it does "
+            f"Mean of {which}: {self._judged}; higher is better. Where it does "
             "not rise with the reward, look for texts that exploit the reward; small differences "
             "of a single run may be chance. The log-probability per character of each text is in "
             "samples/."

@@ -434,10 +434,12 @@ class MaskedDiffusion:
 def _check_sizes(
     length: int, vocab_size: int, mask_token_id: int, group_size: int, chunk_size: int | None
 ) -> None:
-    named = {"length": length, "group_size": group_size, "chunk_size": chunk_size or 1}
+    named = {"length": length, "vocab_size": vocab_size, "group_size": group_size}
+    if chunk_size is not None:
+        named["chunk_size"] = chunk_size
     for name, value in named.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is not a positive integer; try {name}=1 or more")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive integer; try {name}=1 or more")
     if not 0 <= mask_token_id < vocab_size:
         raise ValueError(
             f"mask_token_id={mask_token_id} is no token: they are 0 to {vocab_size - 1}. The "

@@ -33,6 +33,11 @@ def as_batch(samples: Any, name: str, kind: Input) -> Tensor | list[Any]:
     :raises ValueError: If ``samples`` is not such a batch.
     """
     if kind == "list":
+        if isinstance(samples, (str, bytes)):
+            raise ValueError(
+                f"reward {name!r} takes a list of samples, got the {type(samples).__name__} "
+                f"{samples[:40]!r}; put it in a list"
+            )
         return list(samples)
     if not isinstance(samples, Tensor):
         if not hasattr(samples, "__array__"):

@@ -134,6 +134,9 @@ def acceptability(checker: Checker = "harper") -> Reward:
     The text is made to look like a sentence first: a capital letter in front, a full stop behind,
     "I" for "i". Capital letters missing elsewhere are no fault.
 
+    A text without a word is none: it counts as minus infinity. Short texts have few faults, so that
+    this reward alone is won by saying little.
+
     :param str checker: ``"harper"``, a checker by rules, which finds wrong agreement and spelling
         but not a wrong order of words; or ``"link-grammar"``, a parser [1], with the number of
         words that have to be left out, which finds that too.
@@ -155,7 +158,12 @@ def acceptability(checker: Checker = "harper") -> Reward:
     if checker not in get_args(Checker):
         raise ValueError(f"checker={checker!r}; choose one of {get_args(Checker)}")
     faults = _harper() if checker == "harper" else _link_grammar()
-    return _of_texts(lambda text: 0.0 - faults(_as_sentence(text)), f"faults ({checker})")
+
+    def value(text: str) -> float:
+        has_words = any(letter.isalpha() for letter in text)
+        return 0.0 - faults(_as_sentence(text)) if has_words else -math.inf
+
+    return _of_texts(value, f"faults ({checker})")
 
 
 def fluency() -> Reward:
@@ -281,6 +289,16 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams)
 
 
+def _other_checker(checker: Checker = "harper") -> Reward:
+    """Judges what was rewarded with one checker by the other."""
+    return acceptability("harper" if checker == "link-grammar" else "link-grammar")
+
+
+def _other_lexicon(positive: bool = True, *, lexicon: Lexicon = "vader") -> Reward:
+    """Judges what was rewarded with one lexicon by the other."""
+    return sentiment(positive, lexicon="vader" if lexicon == "textblob" else "textblob")
+
+
 _REWARDS = RewardRegistry(
     "text",
     {
@@ -293,15 +311,9 @@ _REWARDS = RewardRegistry(
 _JUDGES = RewardRegistry(
     "text",
     {
-        "acceptability": (
-            functools.partial(acceptability, "link-grammar"),
-            "minus the words that a parser has to leave out",
-        ),
+        "acceptability": (_other_checker, "minus the faults that another checker finds"),
         "fluency": (trigram_fluency, "log-probability per word under a trigram model, in nats"),
-        "sentiment": (
-            functools.partial(sentiment, lexicon="textblob"),
-            "TextBlob's polarity, -1 to 1",
-        ),
+        "sentiment": (_other_lexicon, "polarity under another lexicon, -1 to 1"),
         "toxicity": (profanity, "1 if a word of a list occurs, 0 if not"),
     },
 )

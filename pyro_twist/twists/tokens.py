@@ -120,6 +120,11 @@ class TokenTilt(FittedTwist):
         if self.max_tokens < self.model.vocab_size:
             counts = token_counts(passes, self.model.vocab_size)
             self.tokens.copy_(likely_tokens(counts, self.max_tokens))
+            # what is not tilted any more must not be proposed as if it were
+            others = torch.ones(self.model.vocab_size, dtype=torch.bool, device=self.theta.device)
+            others[self.tokens] = False
+            with torch.no_grad():
+                self.theta[:, others] = 0.0
 
     def digest(self, step: PathStep, kernel: Any) -> TokenTable | None:
         """The probabilities of the tilted tokens at all reveals."""

@@ -341,6 +341,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize("value", [0, 1.5, True])
+@pytest.mark.parametrize("name", ["length", "group_size", "chunk_size"])
+def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
+    given: dict[str, Any] = {"length": 3, "vocab_size": 4, "mask_token_id": 3, name: value}
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        MaskedDiffusion(lambda tokens: torch.zeros(*tokens.shape, 4), **given)
+
+
 @pytest.mark.parametrize("options, message", REFUSED)
 def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
     given = {"length": 3, "vocab_size": 4, "mask_token_id": 3, **options}

@@ -200,3 +200,24 @@ def test_wrong_names_and_options() -> None:
         text.sentiment(lexicon="afinn")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checker='cola'"):
         text.acceptability("cola")  # type: ignore[arg-type]
+
+
+def test_no_judge_is_the_reward_that_it_judges() -> None:
+    """Whatever lexicon or checker is rewarded, the judge asks the other."""
+    texts = ["a wonderful film", "it was not bad at all", "they is happy about it"]
+    for lexicon in ("vader", "textblob"):
+        reward = text.text_reward("sentiment", lexicon=lexicon)(texts)
+        assert not torch.equal(reward, text.text_judge("sentiment", lexicon=lexicon)(texts))
+    if importlib.util.find_spec("linkgrammar") is not None:
+        shuffled = ["cat the mat sat the on"]  # which only a parser minds
+        assert text.text_judge("acceptability")(shuffled) < 0
+        assert text.text_judge("acceptability", checker="link-grammar")(shuffled) == 0
+
+
+def test_a_text_without_words_is_not_acceptable() -> None:
+    assert text.acceptability()(["", " . ", "a cat"]).tolist()[:2] == [-math.inf] * 2
+
+
+def test_a_string_is_no_list_of_texts() -> None:
+    with pytest.raises(ValueError, match="put it in a list"):
+        text.sentiment()("a wonderful film")

@@ -197,6 +197,22 @@ def test_only_tokens_revealed_often_are_tilted() -> None:
     assert twist.theta[0, kept].all() and not twist.theta[0, ~kept].any()
 
 
+def test_tokens_that_are_not_tilted_any_more_are_not_proposed_as_if() -> None:
+    """The choice changes from pass to pass; what is proposed is what was fitted."""
+    model = tilted(chain(num_inference_steps=4), additive(WORTH))
+    twist = TokenTilt(model, max_tokens=1)
+    with torch.no_grad():
+        twist.theta.fill_(0.3)  # as if all had been tilted before
+    smc = recorded(model, twist)
+    twist.observe(smc.passes)
+    assert int((twist.theta != 0).sum()) == 1
+    for step in (step for sites in smc.passes[0].steps for step in sites):
+        digest = twist.digest(step, step.prior) if hasattr(step.prior, "rows") else None
+        if digest is not None:
+            found = twist.digest_log_prob(digest)
+            assert torch.allclose(found, step.log_prob(twist).flatten().detach(), atol=1e-9)
+
+
 def test_the_surrogate_learns_what_tokens_are_worth() -> None:
     model = tilted(chain(num_inference_steps=4), additive(WORTH))
     twist = TokenSurrogate(model)
