@@ -182,7 +182,8 @@ class MaskedDiffusion:
             first.
         :param torch.dtype dtype: The dtype to compute in; by default that of the weights.
         :param options: Options of :class:`MaskedDiffusion`; ``mask_token_id``, ``vocab_size`` and
-            ``decoder`` are those of the tokenizer and the model by default.
+            ``decoder`` are those of the tokenizer and the model by default, and
+            ``forbidden_token_ids`` those that no text has.
         :returns: The model, in evaluation mode.
         :raises ValueError: If the model predicts no masked tokens, or something is not known.
         """

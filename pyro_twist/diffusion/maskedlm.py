@@ -252,7 +252,15 @@ def load_masked_lm(
     found.setdefault("mask_token_id", _mask_token_id(tokenizer, config, path))
     if tokenizer is not None:
         found.setdefault("decoder", _Decoder(tokenizer))
+        found.setdefault("forbidden_token_ids", _unspoken(tokenizer, found["vocab_size"]))
     return found
+
+
+def _unspoken(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that no text has: those beyond the tokenizer, and the one for what is unknown."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    beyond = range(min(len(tokenizer), vocab_size), vocab_size)
+    return (*beyond,) if unknown is None else (unknown, *beyond)
 
 
 def _auto_class(config: Any, path: Any) -> Any:

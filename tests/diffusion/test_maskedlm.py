@@ -277,6 +277,9 @@ def test_from_pretrained(folder: Path) -> None:
         assert text.split() == [WORDS[token] for token in row if token > 4]
     network = model.denoiser.network
     assert isinstance(network, SplitNetwork) and not network.network.training
+    # never what no text has: tokens beyond the tokenizer's, and the one for what is unknown
+    silent = {WORDS.index("[UNK]"), *range(len(WORDS), SIZE)}
+    assert silent <= set(torch.as_tensor(model.forbidden).tolist())
 
 
 def test_from_pretrained_options(folder: Path) -> None:
