@@ -84,14 +84,26 @@ def split_network(
     :returns: A function of tokens to hidden states and the output layer; or of tokens to logits
         and ``None``.
     :rtype: tuple
-    :raises ValueError: If there is no such submodule.
+    :raises ValueError: If there is no such submodule, or the network is in training mode.
     """
+    _check_evaluating(denoiser)
     if callable(head):
         return denoiser, head
     layer = _output_layer(denoiser) if head is None else _submodule(denoiser, head)
     if layer is None or not isinstance(denoiser, torch.nn.Module):
         return denoiser, None
     return SplitNetwork(denoiser, layer), layer
+
+
+def _check_evaluating(network: Any) -> None:
+    """Refuses dropout: its predictions are no function of the tokens."""
+    modules = network.modules() if isinstance(network, torch.nn.Module) else ()
+    active = [m for m in modules if isinstance(m, torch.nn.Dropout) and m.training and m.p > 0]
+    if active:
+        raise ValueError(
+            f"the denoiser {type(network).__name__} is in training mode, with dropout: its "
+            "predictions would be random. Call .eval() on it first."
+        )
 
 
 def _output_layer(network: Any) -> torch.nn.Module | None:

@@ -370,3 +370,9 @@ def test_code_of_their_own(
     with pyro.plate("particles", 3):
         x = model()
     assert (x != 4).all() and torch.equal(model.decode(x), x)
+
+
+def test_dropout_is_refused() -> None:
+    network = make_network("bert").train()
+    with pytest.raises(ValueError, match="training mode"):
+        MaskedDiffusion(network, LENGTH, SIZE, MASK)
