@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -309,10 +309,14 @@ class TrustRegionTwist(TwistedSMC):
         """
         Goes on after a failure: finishes the pass, and what :meth:`run` or :meth:`fit` had to do.
         """
-        running = self._goal.run
+        running, lost = self._goal.run, len(self._lost)
         if self._open:  # a pass that was finished must not be counted twice
-            with suppress(SMCFailed) if running else nullcontext():
+            try:
                 self._finish_pass()
+            except SMCFailed:
+                # a pass may be counted as lost, but not be replaced by another
+                if len(self._lost) == lost or not running:
+                    raise
         if running:
             return self._go_on()
         if self._goal.fits:

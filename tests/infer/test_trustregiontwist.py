@@ -877,3 +877,20 @@ def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
         TrustRegionTwist(chain, None, 4, **options)
     with pytest.raises(ValueError, match="num_iterations"):
         TrustRegionTwist(chain, None, 4).fit(-1)
+
+
+def test_a_failed_population_is_not_replaced_by_resuming() -> None:
+    """To draw another pass instead would choose passes by their outcome."""
+    failed = 0
+    for seed in range(20):
+        chain = Positive(3, dim=1, replicates=2)
+        options: dict[str, Any] = dict(num_iterations=1, population_plate="replicates", seed=seed)
+        smc = TrustRegionTwist(chain, ShiftTwist(chain), 2, 1, **options)
+        try:
+            smc.run()
+        except SMCFailed:
+            failed, made = failed + 1, len(smc.passes)
+            with pytest.raises(SMCFailed):
+                smc.resume()
+            assert len(smc.passes) == made
+    assert failed > 3

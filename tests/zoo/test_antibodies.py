@@ -218,7 +218,6 @@ def test_masked_and_plain_scores_are_what_they_say() -> None:
 
 
 def test_descriptors_of_proteins() -> None:
-    pytest.importorskip("Bio")
     values = {
         name: protein_reward(name)([HUMAN]).item()
         for name in ("aromatic", "charge", "hydropathy", "pi", "stable")
@@ -236,7 +235,6 @@ def test_descriptors_of_proteins() -> None:
 
 
 def test_what_is_no_sequence() -> None:
-    pytest.importorskip("Bio")
     assert protein_reward("pi")(["", "EVB", "ev"]).tolist() == [-torch.inf] * 3
     with pytest.raises(RewardError, match="'EVB' is no sequence"):
         protein_reward("pi", on_invalid="raise")(["EVQ", "EVB"])

@@ -91,7 +91,6 @@ def test_prompts_of_texts(root: Path) -> None:
 
 
 def test_molecules(root: Path) -> None:
-    pytest.importorskip("rdkit")
     model = zoo.load("molecules", num_inference_steps=4)
     assert model.num_inference_steps == 4
     smiles = model.decode(draw(model, 32))
@@ -108,7 +107,6 @@ def test_molecules(root: Path) -> None:
 
 
 def test_selfies_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("rdkit")
     assert selfies_to_smiles("[C][C][O]") == selfies_to_smiles("[O][C][C]") == "CCO"
     assert selfies_to_smiles("") == ""
     real = builtins.__import__
