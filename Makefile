@@ -19,7 +19,7 @@ extras-docs := docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean
+.PHONY: help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean compare-discrete compare-discrete-full
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -78,6 +78,12 @@ compare: $(VENV)/.installed-test  ## TRI-TSMC, FK steering and best-of-N at equa
 
 compare-full: $(VENV)/.installed-test  ## the same on all tasks, with more particles and ablations
 	@$(BIN)/python -m tests.perf.compare --full $(ARGS)
+
+compare-discrete: $(VENV)/.installed-test  ## the same comparison on molecules and texts
+	@$(BIN)/python -m tests.perf.compare_discrete $(ARGS)
+
+compare-discrete-full: $(VENV)/.installed-test  ## with all seeds at the largest size and ablations
+	@$(BIN)/python -m tests.perf.compare_discrete --full $(ARGS)
 
 ci:  ## everything that is checked before a merge
 	@.ci/run

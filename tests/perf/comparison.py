@@ -1,14 +1,15 @@
 # Copyright Contributors to the pyro_twist project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tables of the comparison, made from its rows."""
+"""Tables of a comparison, made from its rows."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tests.perf.tables import (
@@ -23,44 +24,170 @@ from tests.perf.tables import (
     with_interval,
     word,
 )
-from tests.perf.tasks import TASKS
 
-__all__ = ["report"]
+__all__ = ["Tables"]
 
-_FK = ("fk", "fk-pooled", "fk-few")
-_TRI = ("tri", "tri, one pass")
-_SHOWN = (
-    "best-of-n",
-    "importance",
-    "fk-few",
-    "fk-pooled",
-    "fk",
-    "tri",
-    "tri, one pass",
-    "tri, last pass",
-)
 _AGREE = 0.1
 
 
-def report(rows: Sequence[Row]) -> str:
+@dataclass(frozen=True)
+class Tables:
     """
-    The tables in Markdown.
+    Makes tables in Markdown from the rows that a study wrote.
 
-    :param list rows: What ``tests.perf.compare`` wrote.
+    :param dict tasks: The tasks by name; a task has ``tuned``.
+    :param tuple fk: The arms of Feynman-Kac steering.
+    :param tuple tri: The arms of TRI-TSMC.
+    :param tuple shown: The arms of the table of rewards.
+    :param tuple sampled: Those of them that estimate the evidence.
+    :param tuple columns: What the table of rewards shows of each, and with how many digits.
     """
-    parts = [_references(rows)]
-    for size in sorted({row["size"] for row in rows if row["arm"] in _TRI}):
-        parts += [_evidence(rows, size), _rewards(rows, size), _verdict(rows, size)]
-    return "\n\n".join(part for part in [*parts, _ablations(rows)] if part)
 
+    tasks: Mapping[str, Any]
+    fk: tuple[str, ...] = ("fk", "fk-pooled", "fk-few")
+    tri: tuple[str, ...] = ("tri", "tri, one pass")
+    shown: tuple[str, ...] = (
+        "best-of-n",
+        "importance",
+        "fk-few",
+        "fk-pooled",
+        "fk",
+        "tri",
+        "tri, one pass",
+        "tri, last pass",
+    )
+    sampled: tuple[str, ...] = ("importance", "fk-few", "fk-pooled", "fk", "tri", "tri, one pass")
+    columns: tuple[tuple[str, int], ...] = (
+        ("reward", 2),
+        ("best", 2),
+        ("judge", 2),
+        ("diversity", 2),
+    )
 
-def _is_reference(row: Row) -> bool:
-    return bool(row["arm"].startswith("reference"))
+    def report(self, rows: Sequence[Row]) -> str:
+        """
+        All tables.
+
+        :param list rows: What the study wrote.
+        """
+        parts = [self.references(rows)]
+        for size in sorted({row["size"] for row in rows if row["arm"] in self.tri}):
+            parts += [self.evidence(rows, size), self.rewards(rows, size)]
+            parts += [self.against(rows, size, arm) for arm in self.tri]
+        return "\n\n".join(part for part in [*parts, self.ablations(rows)] if part)
+
+    def references(self, rows: Sequence[Row]) -> str:
+        """The long runs that the evidence is known from."""
+        body = []
+        for name in self.tasks:
+            runs = _reference_runs(rows, name)
+            if runs:
+                value, agreed = _reference(rows, name)
+                found = ", ".join(f"{row['log_z']:.2f}" for row in runs)
+                verdict = "yes" if agreed else f"{len(runs)} runs" if len(runs) < 3 else "no"
+                body.append([name, str(runs[0]["size"]), found, number(value), verdict])
+        if not body:
+            return ""
+        head = ["task", "particles", "log Z of each run", "mean", f"within {_AGREE} nat"]
+        return "### References\n\n" + table(head, body)
+
+    def _names(self, rows: Sequence[Row], size: int) -> list[str]:
+        return [
+            name
+            for name in self.tasks
+            if any(by_seed(rows, name, size, arm, "log_z") for arm in self.tri)
+        ]
+
+    def evidence(self, rows: Sequence[Row], size: int) -> str:
+        """Gap and spread of log Z, the primary figure."""
+        body = []
+        for name in self._names(rows, size):
+            reference, agreed = _reference(rows, name)
+            title, mark = name, "severe" if _severe(rows, name, size) else ""
+            for arm in self.sampled:
+                found = list(by_seed(rows, name, size, arm, "log_z").values())
+                gap = [reference - value for value in found]
+                cell = interval(with_interval(gap)) if agreed else "left out"
+                mean = number(statistics.mean(found)) if found else "–"
+                body.append([title, mark, arm, mean, cell, number(sd(found)), str(len(found))])
+                title, mark = "", ""
+        head = ["task", "", "arm", "mean of log Z", "gap of log Z", "sd of log Z", "seeds"]
+        return f"### Evidence, N = {size}, {4 * size} trajectories\n\n" + table(head, body)
+
+    def rewards(self, rows: Sequence[Row], size: int) -> str:
+        """The particles, and what they cost."""
+        body = []
+        for name in self._names(rows, size):
+            title = name
+            for arm in self.shown:
+                cells = [title, arm]
+                for column, digits in self.columns:
+                    found = list(by_seed(rows, name, size, arm, column).values())
+                    cells.append(interval(with_interval(found), digits) if found else "–")
+                for column, digits in (("seconds", 1), ("denoiser", 0), ("reward_calls", 0)):
+                    found = list(by_seed(rows, name, size, arm, column).values())
+                    cells.append(number(statistics.median(found), digits) if found else "–")
+                body.append(cells)
+                title = ""
+        head = ["task", "arm", *(name for name, _ in self.columns), "s", "denoiser", "rewards"]
+        return f"### Rewards, N = {size}\n\n" + table(head, body)
+
+    def against(self, rows: Sequence[Row], size: int, arm: str) -> str:
+        """An arm of TRI-TSMC against Feynman-Kac steering, task by task."""
+        names = [n for n in self._names(rows, size) if by_seed(rows, n, size, arm, "log_z")]
+        if not names:
+            return ""
+        lines = [self._against(rows, name, size, arm) for name in names]
+        counts = Counter(line[-1] for line in lines)
+        head = ["task", "", "better FK arm", "its gap", "own gap", "log Z, less FK", "ratio of sd"]
+        head += ["reward, less FK", "best, less FK", "log Z"]
+        tally = ", ".join(f"{counts[word]} {word}" for word in ("better", "worse", "even"))
+        title = f"### `{arm}` against the better arm of FK steering, N = {size}"
+        return f"{title}\n\n{table(head, lines)}\n\nlog Z beyond the 95 % interval: {tally}."
+
+    def _against(self, rows: Sequence[Row], name: str, size: int, arm: str) -> list[str]:
+        tri = by_seed(rows, name, size, arm, "log_z")
+        best = self._best_arm(rows, name, size, "log_z")
+        other = by_seed(rows, name, size, best, "log_z")
+        rise, ratio = paired(tri, other), spread_gain(tri, other)
+        tuned = "tuned" if self.tasks[name].tuned else ""
+        gaps = [number(_gap(rows, name, values)) for values in (other, tri)]
+        spread = f"{number(ratio[0])} ({number(ratio[1])} to {number(ratio[2])})"
+        rewards = [self._ahead(rows, name, size, arm, column) for column in ("reward", "best")]
+        return [name, tuned, best, *gaps, interval(rise), spread, *rewards, word(rise)]
+
+    def _best_arm(self, rows: Sequence[Row], task: str, size: int, column: str) -> str:
+        """The arm of FK steering whose mean is highest; estimates of log Z fall short."""
+        arms = {arm: by_seed(rows, task, size, arm, column) for arm in self.fk}
+        found = {arm: statistics.mean(values.values()) for arm, values in arms.items() if values}
+        return max(found, key=found.__getitem__)
+
+    def _ahead(self, rows: Sequence[Row], task: str, size: int, arm: str, column: str) -> str:
+        """By how much an arm is ahead of the arm of FK steering that is best in a column."""
+        best = self._best_arm(rows, task, size, column)
+        own, other = (by_seed(rows, task, size, one, column) for one in (arm, best))
+        return interval(paired(own, other))
+
+    def ablations(self, rows: Sequence[Row]) -> str:
+        """What is lost where a part is left out."""
+        arms = sorted({row["arm"] for row in rows if row["arm"].startswith("tri, ")})
+        arms = [arm for arm in arms if arm not in self.shown]
+        names = [n for n in self.tasks if any(by_seed(rows, n, 4, arm, "log_z") for arm in arms)]
+        if not arms or not names:
+            return ""
+
+        def cell(name: str, arm: str, show: Callable[[Any], str]) -> str:
+            tri, other = (by_seed(rows, name, 4, a, "log_z") for a in ("tri", arm))
+            return show(paired(other, tri)) if other and tri else "–"
+
+        body = [[arm, *(cell(name, arm, interval) for name in names)] for arm in arms]
+        title = "### Ablation at the same budget, N = 4: change of the mean of log Z"
+        return f"{title}\n\n{table(['arm', *names], body)}"
 
 
 def _reference_runs(rows: Sequence[Row], task: str) -> list[Row]:
     """The longest reference runs of a task of which there are three, else most."""
-    runs = [row for row in rows if row["task"] == task and _is_reference(row)]
+    runs = [row for row in rows if row["task"] == task and row["arm"].startswith("reference")]
     sizes = Counter(row["size"] for row in runs)
     best = max(sizes, key=lambda size: (min(sizes[size], 3), size), default=0)
     return [row for row in runs if row["size"] == best]
@@ -76,126 +203,12 @@ def _reference(rows: Sequence[Row], task: str) -> tuple[float, bool]:
     return statistics.mean(found), enough and max(found) - min(found) <= _AGREE
 
 
-def _references(rows: Sequence[Row]) -> str:
-    body = []
-    for task in TASKS.values():
-        runs = _reference_runs(rows, task.name)
-        if runs:
-            value, agreed = _reference(rows, task.name)
-            found = ", ".join(f"{row['log_z']:.2f}" for row in runs)
-            few = len(runs) < 3
-            verdict = "yes" if agreed else f"{len(runs)} runs" if few else "no"
-            body.append([task.name, str(runs[0]["size"]), found, number(value), verdict])
-    if not body:
-        return ""
-    head = ["task", "particles", "log Z of each run", "mean", f"within {_AGREE} nat"]
-    return "### References\n\n" + table(head, body)
-
-
-def _tasks(rows: Sequence[Row], size: int) -> list[str]:
-    return [name for name in TASKS if by_seed(rows, name, size, "tri", "log_z")]
-
-
-def _evidence(rows: Sequence[Row], size: int) -> str:
-    """Gap and spread of log Z, the primary figure."""
-    body = []
-    for name in _tasks(rows, size):
-        reference, agreed = _reference(rows, name)
-        title, mark = name, "severe" if _severe(rows, name, size) else ""
-        for arm in ("importance", "fk-few", "fk-pooled", "fk", "tri", "tri, one pass"):
-            found = list(by_seed(rows, name, size, arm, "log_z").values())
-            gap = [reference - value for value in found]
-            cell = interval(with_interval(gap)) if agreed else "left out"
-            body.append([title, mark, arm, cell, number(sd(found)), str(len(found))])
-            title, mark = "", ""
-    head = ["task", "", "arm", "gap of log Z", "sd of log Z", "seeds"]
-    return f"### Evidence, N = {size}, {4 * size} trajectories\n\n" + table(head, body)
-
-
 def _severe(rows: Sequence[Row], name: str, size: int) -> bool:
     """Whether importance sampling with the whole budget is left with less than two particles."""
     found = by_seed(rows, name, size, "importance", "ess").values()
-    return statistics.mean(max(value, 0.0) for value in found) < 2
-
-
-def _rewards(rows: Sequence[Row], size: int) -> str:
-    body = []
-    for name in _tasks(rows, size):
-        title = name
-        for arm in _SHOWN:
-            cells = [title, arm]
-            for column, digits in (("reward", 2), ("best", 2), ("judge", 2), ("diversity", 2)):
-                found = list(by_seed(rows, name, size, arm, column).values())
-                cells.append(interval(with_interval(found), digits) if found else "–")
-            for column, digits in (("seconds", 1), ("denoiser", 0), ("reward_calls", 0)):
-                found = list(by_seed(rows, name, size, arm, column).values())
-                cells.append(number(statistics.median(found), digits) if found else "–")
-            body.append(cells)
-            title = ""
-    head = ["task", "arm", "reward", "best", "judge", "diversity", "s", "denoiser", "rewards"]
-    return f"### Rewards, N = {size}, in nats\n\n" + table(head, body)
-
-
-def _verdict(rows: Sequence[Row], size: int) -> str:
-    """Each arm of TRI-TSMC against Feynman-Kac steering, task by task."""
-    parts = [_against(rows, size, arm) for arm in _TRI]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _against(rows: Sequence[Row], size: int, arm: str) -> str:
-    body, counts = [], {"better": 0, "worse": 0, "even": 0}
-    for name in _tasks(rows, size):
-        tri = by_seed(rows, name, size, arm, "log_z")
-        if not tri:
-            continue
-        best = _best_arm(rows, name, size, "log_z")
-        other = by_seed(rows, name, size, best, "log_z")
-        rise, ratio = paired(tri, other), spread_gain(tri, other)
-        verdict = word(rise)
-        counts[verdict] += 1
-        tuned = "tuned" if TASKS[name].tuned else ""
-        gaps = [number(_gap(rows, name, values)) for values in (other, tri)]
-        spread = f"{number(ratio[0])} ({number(ratio[1])} to {number(ratio[2])})"
-        rewards = [_ahead(rows, name, size, arm, column) for column in ("reward", "best")]
-        body.append([name, tuned, best, *gaps, interval(rise), spread, *rewards, verdict])
-    if not body:
-        return ""
-    head = ["task", "", "better FK arm", "its gap", "own gap", "log Z, less FK", "ratio of sd"]
-    head += ["reward, less FK", "best, less FK", "log Z"]
-    tally = ", ".join(f"{count} {word}" for word, count in counts.items())
-    title = f"### `{arm}` against the better arm of FK steering, N = {size}"
-    return f"{title}\n\n{table(head, body)}\n\nlog Z beyond the 95 % interval: {tally}."
-
-
-def _best_arm(rows: Sequence[Row], task: str, size: int, column: str) -> str:
-    """The arm of Feynman-Kac steering whose mean is highest; estimates of log Z fall short."""
-    arms = {arm: by_seed(rows, task, size, arm, column) for arm in _FK}
-    found = {arm: statistics.mean(values.values()) for arm, values in arms.items() if values}
-    return max(found, key=found.__getitem__)
+    return bool(found) and statistics.mean(max(value, 0.0) for value in found) < 2
 
 
 def _gap(rows: Sequence[Row], task: str, values: dict[int, float]) -> float:
     reference, agreed = _reference(rows, task)
     return reference - statistics.mean(values.values()) if agreed else math.nan
-
-
-def _ahead(rows: Sequence[Row], task: str, size: int, arm: str, column: str) -> str:
-    """By how much an arm is ahead of the arm of Feynman-Kac steering that is best in a column."""
-    best = _best_arm(rows, task, size, column)
-    own, other = (by_seed(rows, task, size, one, column) for one in (arm, best))
-    return interval(paired(own, other))
-
-
-def _ablations(rows: Sequence[Row]) -> str:
-    arms = sorted({row["arm"] for row in rows if row["arm"].startswith("tri, ")} - set(_TRI))
-    names = [n for n in TASKS if any(by_seed(rows, n, 4, arm, "log_z") for arm in arms)]
-    if not arms or not names:
-        return ""
-
-    def cell(name: str, arm: str, column: str, show: Callable[[Any], str]) -> str:
-        tri, other = (by_seed(rows, name, 4, a, column) for a in ("tri", arm))
-        return show(paired(other, tri)) if other and tri else "–"
-
-    body = [[arm, *(cell(name, arm, "log_z", interval) for name in names)] for arm in arms]
-    title = "### Ablation at the same budget, N = 4: change of the mean of log Z"
-    return f"{title}\n\n{table(['arm', *names], body)}"

@@ -1,0 +1,195 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+TRI-TSMC, FK steering, TReASURe and best-of-N on molecules and texts, at equal calls.
+
+Every arm has the same number of trajectories, four times N, those that TRI-TSMC learns from
+included. Arms of FK steering and of TRI-TSMC also have the same number of reward calls: one for
+each particle and step, or four for every fourth step. A tree search cannot have both: ``tree`` has
+as many reward calls, ``tree, wide`` as many denoiser calls and four times the reward calls.
+
+Run ``make compare-discrete``, or with ``make compare-discrete-full`` all of it. Runs are appended
+to a file as they finish, and those that are in it are not repeated.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_twist.infer import SMCResult, TreeSearch
+from pyro_twist.rewards.charlm import char_lm
+from pyro_twist.rewards.text import distinct
+from pyro_twist.twists import DiscountedLookahead, TokenTilt
+from tests.perf.arms import ABLATIONS as COMMON_ABLATIONS
+from tests.perf.arms import (
+    LABELS,
+    PASSES,
+    Arm,
+    Results,
+    importance,
+    learned,
+    long_learned,
+    long_steering,
+    one_pass,
+    pooled,
+    steering,
+)
+from tests.perf.comparison_discrete import SequenceTables
+from tests.perf.harness import Job
+from tests.perf.study import BENCHMARKS, Study, common_figures, rounded
+from tests.perf.tasks_discrete import TASKS, SequenceTask, base_model, judge, make_model
+
+__all__ = ["ABLATIONS", "ARMS", "STUDY"]
+
+SEEDS = 20
+SIZES = (4, 8, 16)
+REFERENCE_PARTICLES = {"molecules": 4_000, "text": 2_000}
+
+
+def tree(name: str, share: float) -> Arm:
+    """
+    TReASURe with four children of a node.
+
+    :param str name: What the arm is reported as.
+    :param float share: The nodes that are kept, as a share of the trajectories of other arms.
+    """
+
+    def arm(model: Any, n: int, seed: int) -> Results:
+        width = int(share * PASSES * n)
+        return {name: TreeSearch(model, width, 4, seed=seed, progress=False).run()}
+
+    return arm
+
+
+def _several_completions(model: Any) -> Any:
+    return DiscountedLookahead(model, completions=4, every=4) + TokenTilt(model)
+
+
+def _base(model: Any, n: int, seed: int) -> Results:
+    found = importance(model, n, seed)
+    return {**found, "base": found["importance"]}
+
+
+ARMS: dict[str, Arm] = {
+    "importance": _base,
+    "fk": steering("fk"),
+    "fk, 4 completions": steering("fk, 4 completions", completions=4, every=4),
+    "fk-pooled": pooled,
+    "tree": tree("tree", 0.25),
+    "tree, wide": tree("tree, wide", 1.0),
+    "tri": learned("tri"),
+    "tri, one pass": one_pass,
+}
+ABLATIONS: dict[str, Arm] = {
+    **COMMON_ABLATIONS,
+    "tri, 4 completions": learned("tri, 4 completions", _several_completions),
+}
+REFERENCES: dict[str, Arm] = {"reference fk": long_steering, "reference tri": long_learned}
+
+
+def figures(task: SequenceTask, label: str, result: SMCResult) -> dict[str, Any]:
+    """What is measured of a result."""
+    found, weights = common_figures(task, label, result)
+    samples = base_model(task.zoo).decode(result.state["x"])
+    found["success"] = float((weights * _successes(task, result)).sum())
+    found["judge"] = float((weights * judge(task.name)(samples)).sum())
+    found["samples"] = _drawn(samples, weights)
+    return rounded({**found, **_quality(task.zoo, found["samples"])})
+
+
+def _successes(task: SequenceTask, result: SMCResult) -> Tensor:
+    """Whether all rewards are as high as they should be."""
+    met = [result.state[name].double() >= least for name, least in task.success.items()]
+    return torch.stack(met).all(0).double()
+
+
+def _drawn(samples: Sequence[str], weights: Tensor) -> list[str]:
+    """As many draws as there are particles, from their weights."""
+    if not weights.sum() > 0:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.multinomial(weights, len(samples), True, generator=generator)
+    return [samples[place] for place in chosen.tolist()]
+
+
+def _quality(kind: str, samples: list[str]) -> dict[str, Any]:
+    """Fluency and Dist-n of texts; validity, uniqueness and diversity of molecules."""
+    if not samples:
+        return {}
+    if kind == "text":
+        fluency = float(char_lm().mean_log_prob(samples).mean())
+        return {"fluency": fluency, **{f"dist_{n}": _distinct(samples, n) for n in (1, 2, 3)}}
+    distances = _molecules().distances(samples)
+    return {
+        "valid": sum(map(bool, samples)) / len(samples),
+        "unique": len(set(samples)) / len(samples),
+        "diversity": float(distances.sum()) / (len(samples) * (len(samples) - 1)),
+    }
+
+
+def _distinct(samples: list[str], n: int) -> float:
+    try:
+        return distinct(samples, n)
+    except ValueError:  # no text has as many words
+        return float("nan")
+
+
+@cache
+def _molecules() -> Any:
+    from pyro_twist.align.molecules import ZooMolecules
+
+    return ZooMolecules("molecules")
+
+
+def plan(options: Namespace) -> Iterator[Job]:
+    """The jobs, all sizes of a seed together."""
+    for seed in range(SEEDS):
+        for size in SIZES:
+            for task in TASKS.values():
+                if options.full or size < SIZES[-1] or seed < SEEDS // 2:
+                    yield Job(task.name, size, seed, tuple(ARMS))
+        if options.ablations or options.full:
+            for task in TASKS.values():
+                yield Job(task.name, 4, seed, tuple(ABLATIONS))
+    if options.references:
+        yield from _reference_jobs()
+
+
+def _reference_jobs() -> Iterator[Job]:
+    for seed, arm in [(0, "reference fk"), (0, "reference tri"), (10, "reference tri")]:
+        for task in TASKS.values():
+            yield Job(task.name, REFERENCE_PARTICLES[task.zoo], seed, (arm,))
+
+
+def run(job: Job) -> list[dict[str, Any]]:
+    """Runs a job of the study."""
+    return STUDY.run(job)
+
+
+STUDY = Study(
+    tasks=TASKS,
+    arms=ARMS,
+    ablations=ABLATIONS,
+    references=REFERENCES,
+    make_model=make_model,
+    figures=figures,
+    plan=plan,
+    report=SequenceTables(TASKS).report,
+    rows=Path("results/compare_discrete/rows.jsonl"),
+    known=BENCHMARKS / "references_discrete.jsonl",
+    sizes=SIZES,
+    seeds=SEEDS,
+    labels={**LABELS, "importance": (*LABELS["importance"], "base")},
+)
+
+
+if __name__ == "__main__":
+    STUDY.main(__doc__.split("\n\n")[0], run)
