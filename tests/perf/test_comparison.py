@@ -107,7 +107,7 @@ def test_sequences_have_tables_of_their_kind() -> None:
     text = SequenceTables(tasks).report([row for row in rows if row["task"] == "qed"])
     assert "### Rewards, molecules, N = 4" in text
     assert "text, N = 4" not in text
-    assert "0.75 ± 0.00" in _line(text.split("### Rewards")[1], "qed")
+    assert "0.75 ± 0.00" in _line(text.split("### Rewards")[1], "tri")
 
 
 def test_jobs_that_are_in_the_file_are_not_repeated(tmp_path: Path) -> None:
