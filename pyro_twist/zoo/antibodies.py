@@ -154,38 +154,53 @@ def load_antibodies(
         Several of one length open the plate ``"prompts"`` with one population each.
     :param str chain: ``"H"`` for the heavy chain or ``"L"`` for the light one: which of Sapiens'
         two networks is used; for AntiBERTy only the usual length depends on it.
-    :param options: More arguments of :class:`~pyro_twist.diffusion.MaskedDiffusion`.
+    :param options: More arguments of :class:`~pyro_twist.diffusion.MaskedDiffusion`;
+        ``forbidden_token_ids`` are added to all that is no amino acid.
     :raises ImportError: If the package with the weights is not installed in the right version.
-    :raises ValueError: If prompt, length and chain do not fit.
+    :raises ValueError: If there is no such model, prompt, length and chain do not fit, or an option
+        is one that the model says itself.
     """
     from pyro_twist.diffusion import MaskedDiffusion
 
+    _check_name(name)
+    for option in ("vocab_size", "mask_token_id", "denoiser"):
+        if option in options:
+            raise ValueError(f"{option}={options[option]!r}: the model has its own; leave it out")
     _check_chain(chain)
     prompts = _prompts(length, prompt, chain)
     model = load_model(name, chain)
     tokens = model.encode(prompts)
     if prompt is not None and not isinstance(prompt, str):
         options.setdefault("plate", ("prompts", len(prompts)))
+    options.setdefault("decoder", model.decode)
+    forbidden = (*model.forbidden_token_ids, *options.pop("forbidden_token_ids", ()))
     return MaskedDiffusion(
         model.network,
         tokens.shape[1],
         len(model.vocabulary),
         model.mask_token_id,
         prompt=tokens if "plate" in options else tokens[0],
-        forbidden_token_ids=model.forbidden_token_ids,
-        decoder=model.decode,
+        forbidden_token_ids=forbidden,
         **options,
     )
 
 
 def _prompts(length: int | None, prompt: str | Sequence[str] | None, chain: Chain) -> list[str]:
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
+        raise ValueError(f"length={length!r}; give a whole number of residues, such as 110")
     if prompt is None:
         return [FREE[0] * (_USUAL_LENGTH[chain] if length is None else length)]
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    texts = isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts)
+    if not texts or not len(prompts):
+        raise ValueError(
+            f"prompt={prompt!r}; give a sequence with ? at free positions, a list of at least one, "
+            "or leave it out"
+        )
     if length is not None and any(len(one) != length for one in prompts):
         lengths = ", ".join(str(len(one)) for one in prompts)
         raise ValueError(f"length={length}, but the prompt has {lengths} letters; leave out length")
-    return prompts
+    return list(prompts)
 
 
 @cache
@@ -195,13 +210,20 @@ def load_model(name: str, chain: Chain = "H") -> AntibodyModel:
 
     :param str name: ``"antiberty"`` or ``"sapiens"``.
     :param str chain: ``"H"`` or ``"L"``; of no consequence for AntiBERTy.
+    :raises ValueError: If there is no such model.
     :raises ImportError: If that package is not installed, or in a version without weights.
     """
+    _check_name(name)
     _check_chain(chain)
     read = {"antiberty": _antiberty, "sapiens": _sapiens}
     network, vocabulary, max_length = read[name](_package(name), chain)
     network = network.float().eval().requires_grad_(False)
     return AntibodyModel(network, vocabulary, *_SPECIAL[name], max_length)
+
+
+def _check_name(name: str) -> None:
+    if name not in _ABOUT:
+        raise ValueError(f"name={name!r}; choose one of {', '.join(map(repr, _ABOUT))}")
 
 
 def _check_chain(chain: str) -> None:

@@ -43,7 +43,9 @@ class Entry:
     :param float guidance_scale: The guidance that gives the best samples of a class.
     :param str kind: What the samples are: ``"images"``, ``"molecules"``, ``"text"`` or
         ``"antibodies"``.
-    :param int num_inference_steps: The usual number of steps.
+    :param int num_inference_steps: The usual number of steps; ``None`` for one position in a step.
+    :param float temperature: The temperature of tokens that gives the best samples; for masked
+        models.
     """
 
     folder: Path
@@ -52,7 +54,8 @@ class Entry:
     event_shape: tuple[int, ...] = ()
     guidance_scale: float = 1.0
     kind: Kind = "images"
-    num_inference_steps: int = _STEPS
+    num_inference_steps: int | None = _STEPS
+    temperature: float = 1.0
 
     def index(self, label: Label) -> int:
         """
@@ -166,7 +169,9 @@ def load(
     :param float guidance_scale: Strength of classifier-free guidance; by default the one the
         model card recommends if there is a label, and 1, which is none, if there is not.
     :param int num_inference_steps: Number of steps of the reverse process; by default the usual
-        one of the model, 50 for images.
+        one of the model, 50 for images. Molecules and texts reveal one position in a step by
+        default, chosen uniformly; a number makes the unmasking ancestral, which reveals several
+        positions in a step independently.
     :param str scheduler: ``"ddpm"``, or ``"ddim"`` with ``eta=1``.
     :param options: More arguments of the model's class; for molecules and texts also those of
         :func:`~pyro_twist.zoo.sequences.load_sequences`, for antibodies those of
@@ -175,7 +180,9 @@ def load(
     :raises ImportError: If the model's weights or its decoder are not installed.
     """
     about = entry(name)
-    steps = about.num_inference_steps if num_inference_steps is None else num_inference_steps
+    steps = num_inference_steps
+    if steps is None and options.get("unmasking") != "uniform":
+        steps = about.num_inference_steps
     if about.kind != "images":
         _check_for_images_only(name, label, guidance_scale, scheduler)
         return _load_sequences(name, about, num_inference_steps=steps, **options)
@@ -183,7 +190,7 @@ def load(
         ROOT / name,
         label,
         guidance_scale=guidance_scale,
-        num_inference_steps=steps,
+        num_inference_steps=steps or _STEPS,
         scheduler=scheduler,  # type: ignore[arg-type]
         **options,
     )
@@ -206,6 +213,11 @@ def _load_sequences(name: str, about: Entry, **options: Any) -> MaskedDiffusion:
         return load_antibodies(name, **options)
     from pyro_twist.zoo.sequences import load_sequences
 
+    if options["num_inference_steps"] is None:
+        # the law of the network itself, without an error from positions revealed together
+        options = {"unmasking": "uniform", **options}
+        del options["num_inference_steps"]
+    options = {"temperature": about.temperature, **options}
     return load_sequences(about.folder, about.kind, **options)
 
 
@@ -284,14 +296,16 @@ def images(name: str, held_out: bool | None = False) -> Images:
 
 def _read_entry(folder: Path) -> Entry:
     about = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    kind = about.get("kind", "images")
     return Entry(
         folder,
         about["description"],
         tuple(about.get("classes", ())),
         tuple(about.get("event_shape", ())),
         about.get("guidance_scale", 1.0),
-        about.get("kind", "images"),
-        about.get("num_inference_steps", _STEPS),
+        kind,
+        about.get("num_inference_steps", _STEPS if kind == "images" else None),
+        about.get("temperature", 1.0),
     )
 
 

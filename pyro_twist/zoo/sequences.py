@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SequenceDecoder", "load_sequences", "selfies_to_smiles"]
 
 _FREE = "[MASK]"
+_FIXED = ("length", "tokenizer", "vocab_size", "mask_token_id", "denoiser")
 
 
 def load_sequences(
@@ -44,17 +45,22 @@ def load_sequences(
         as in ``"the _ was very"``; what comes behind is free. Several open the plate ``"prompts"``
         with one population each. For both kinds also tokens, as
         :class:`~pyro_twist.diffusion.MaskedDiffusion` takes them.
-    :param options: More arguments of :class:`~pyro_twist.diffusion.MaskedDiffusion`.
-    :raises ValueError: If a prompt is empty, does not fit, or has what the model does not know.
+    :param options: More arguments of :class:`~pyro_twist.diffusion.MaskedDiffusion`;
+        ``forbidden_token_ids`` are added to those that are never drawn anyway.
+    :raises ValueError: If a prompt is empty, does not fit, or has what the model does not know, or
+        an option is one that the model says itself.
     """
     from transformers import AutoTokenizer
 
     from pyro_twist.diffusion import MaskedDiffusion
 
+    for name in _FIXED:
+        if name in options:
+            raise ValueError(f"{name}={options[name]!r}: the model has its own; leave it out")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     length = int(tokenizer.model_max_length)
     if prompt is not None and not isinstance(prompt, Tensor):
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _texts(prompt)
         tokens = torch.stack([_encoded(tokenizer, one, kind, length) for one in prompts])
         if isinstance(prompt, str):
             prompt = tokens[0]
@@ -62,15 +68,16 @@ def load_sequences(
             prompt = tokens
             options.setdefault("plate", ("prompts", len(prompts)))
     finish = selfies_to_smiles if kind == "molecules" else str.strip
+    options.setdefault("decoder", SequenceDecoder(tokenizer, finish))
+    options.setdefault("dtype", torch.float32)
+    forbidden = (*_unknown(tokenizer), *options.pop("forbidden_token_ids", ()))
     with _no_bars():
         model = MaskedDiffusion.from_pretrained(
             folder / "network",
             length,
             tokenizer=tokenizer,
-            dtype=torch.float32,
             prompt=prompt,
-            forbidden_token_ids=_unknown(tokenizer),
-            decoder=SequenceDecoder(tokenizer, finish),
+            forbidden_token_ids=forbidden,
             **options,
         )
     network: Any = model.denoiser.network
@@ -143,14 +150,35 @@ def _unknown(tokenizer: Any) -> tuple[int, ...]:
     return () if tokenizer.unk_token_id is None else (int(tokenizer.unk_token_id),)
 
 
+def _texts(prompt: Any) -> list[str]:
+    """One prompt or several."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    texts = isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts)
+    if not texts or not len(prompts):
+        raise ValueError(
+            f"prompt={prompt!r}; give a text, a list of at least one, or tokens, or leave it out"
+        )
+    return list(prompts)
+
+
 def _encoded(tokenizer: Any, prompt: str, kind: str, length: int) -> Tensor:
     if kind != "text":
         raise ValueError(
             f"prompt={prompt!r}: molecules are prompted with tokens, a tensor with the mask token "
             "at free positions"
         )
-    marked = re.sub(r"(?<!\S)_(?!\S)", _FREE, prompt)
+    marked = re.sub(r"(?<!\w)_(?!\w)", _FREE, prompt)
+    if "_" in marked:
+        raise ValueError(
+            f"prompt={prompt!r} has '_' beside a letter or another; each is for a word piece, so "
+            "put a space between them"
+        )
     tokens = tokenizer(marked, add_special_tokens=False)["input_ids"]
+    special = set(tokens) & set(tokenizer.all_special_ids)
+    special -= {tokenizer.mask_token_id, tokenizer.unk_token_id}
+    if special:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(special)))
+        raise ValueError(f"prompt={prompt!r} has {names}, with which a text ends; leave that out")
     if tokenizer.unk_token_id in tokens:
         raise ValueError(f"prompt={prompt!r} has a sign that the model does not know")
     if not 0 < len(tokens) < length:

@@ -81,7 +81,7 @@ def test_the_job_on_strings(model: str, tmp_path: Path) -> None:
         assert arm.counts["denoiser"] <= SIZE * outcome.num_steps
         assert arm.scores[0].distinct <= SIZE
     assert outcome.arm("fk").scores[0].reward_mean["long"] > 0
-    assert outcome.num_steps == 6
+    assert outcome.num_steps == LENGTH[outcome.options.model]
     assert outcome.pilot == 64
     page = align.write_report(outcome).read_text(encoding="utf-8")
     assert "http" not in page
@@ -96,7 +96,7 @@ def test_the_job_on_strings(model: str, tmp_path: Path) -> None:
         with np.load(out / "samples" / f"{name}.npz", allow_pickle=False) as saved:
             assert saved["samples"][:, 0].tolist() == list(outcome.arm(name).samples[:, 0])
     found = json.loads((out / "results.json").read_text())
-    assert found["steps"] == 6 and found["facts"] == {"positions": str(LENGTH[model])}
+    assert found["steps"] == LENGTH[model] and found["facts"] == {"positions": str(LENGTH[model])}
     assert "transformers" in found["versions"] and "diffusers" not in found["versions"]
     assert (out / "grid.png").exists() == (model == "molecules")
     assert not any(word in page for word in (">class<", ">guidance<", ">scheduler<"))

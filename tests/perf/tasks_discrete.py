@@ -170,7 +170,7 @@ TASKS = {task.name: task for task in _LIST}
 @cache
 def base_model(name: str) -> Any:
     """A model of the zoo, loaded once, which reveals one position in a step."""
-    return zoo.load(name, unmasking="uniform")
+    return zoo.load(name)
 
 
 def make_model(task: SequenceTask) -> RewardTilted:

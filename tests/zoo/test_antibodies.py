@@ -16,8 +16,14 @@ import torch
 
 from pyro_twist import zoo
 from pyro_twist.rewards import RewardError
-from pyro_twist.rewards.proteins import AMINO_ACIDS, human_likeness, net_charge, protein_reward
-from pyro_twist.zoo.antibodies import AntibodyModel, load_model
+from pyro_twist.rewards.proteins import (
+    AMINO_ACIDS,
+    human_likeness,
+    isoelectric_point,
+    net_charge,
+    protein_reward,
+)
+from pyro_twist.zoo.antibodies import AntibodyModel, load_antibodies, load_model
 
 # A human heavy chain from the germline segments IGHV3-23 and IGHJ6, and the heavy and light chains
 # of a murine antibody, muromonab.
@@ -152,6 +158,55 @@ def test_wrong_options_of_antibodies() -> None:
         zoo.load("sapiens", "H")
 
 
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"name": "Sapiens"}, "name='Sapiens'; choose one of 'antiberty', 'sapiens'"),
+    ({"prompt": []}, r"prompt=\[\]; give a sequence with"),
+    ({"prompt": 5}, "prompt=5; give a sequence with"),
+    ({"length": 8.0}, "length=8.0; give a whole number of residues"),
+    ({"vocab_size": 3}, "vocab_size=3: the model has its own"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_antibodies(**{"name": "sapiens", **options})
+    if "name" in options:
+        with pytest.raises(ValueError, match=message):
+            load_model(**options)
+
+
+@needs("sapiens")
+def test_options_that_the_loader_sets_itself() -> None:
+    model = load_antibodies("sapiens", prompt="EV?L", forbidden_token_ids=[4], decoder=None)
+    assert 4 in model.forbidden and set(load_model("sapiens").forbidden_token_ids) < set(
+        model.forbidden
+    )
+    assert model.decoder is None
+    assert zoo.load("sapiens", prompt="EV??L", unmasking="uniform").num_inference_steps == 2
+
+
+@needs("sapiens")
+def test_masked_scores_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than some rows are in memory at a time, and the values are the same."""
+    from pyro_twist.rewards import proteins
+
+    sequences = [HUMAN[:20], MOUSE[:20], LIGHT[:20]]
+    expected = {masked: human_likeness(masked=masked)(sequences) for masked in (False, True)}
+    network, rows = load_model("sapiens").network, []
+    monkeypatch.setattr(proteins, "_RESIDUES_AT_ONCE", 40)
+    handle = network.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        for masked, values in expected.items():
+            found = human_likeness(masked=masked)(sequences)
+            assert torch.allclose(found, values, atol=1e-6)
+    finally:
+        handle.remove()
+    assert max(rows) == 2 and sum(rows) == 3 + 3 * 20
+
+
 @pytest.mark.parametrize(("name", "version"), [("antiberty", "1.0.0"), ("sapiens", "1.1.0")])
 def test_versions_without_weights_are_refused(
     name: str, version: str, monkeypatch: pytest.MonkeyPatch
@@ -246,6 +301,13 @@ def test_what_is_no_sequence() -> None:
         protein_reward("charge", ph=float("nan"))
     with pytest.raises(ValueError, match="target=inf"):
         protein_reward("pi", target=float("inf"))
+    with pytest.raises(ValueError, match="target='a'; give a finite number, the isoelectric poi"):
+        isoelectric_point("a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ph='acid'; give a finite number, such as 7.4"):
+        net_charge(ph="acid")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ph=True"):
+        net_charge(ph=True)
+    assert torch.equal(net_charge(ph="7")([HUMAN]), net_charge(7.0)([HUMAN]))  # type: ignore[arg-type]
 
 
 def test_missing_biopython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

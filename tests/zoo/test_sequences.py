@@ -38,7 +38,7 @@ def draw(model: Any, number: int = 8) -> torch.Tensor:
 def test_models_of_strings_are_in_the_zoo(root: Path) -> None:
     assert list(zoo.models()) == ["molecules", "text", "antiberty", "sapiens"]
     about = zoo.entry("text")
-    assert about.kind == "text" and about.classes == () and about.num_inference_steps == 6
+    assert about.kind == "text" and about.classes == () and about.num_inference_steps is None
     assert zoo.entry("sapiens").kind == "antibodies"
     for part in (zoo.classifier, zoo.judge, zoo.images):
         with pytest.raises(ValueError, match="name='text' is a model of text; try a model of im"):
@@ -47,7 +47,8 @@ def test_models_of_strings_are_in_the_zoo(root: Path) -> None:
 
 def test_texts(root: Path) -> None:
     model = zoo.load("text")
-    assert model.num_inference_steps == 6 and tuple(model.event_shape) == (LENGTH["text"],)
+    assert model.num_inference_steps == LENGTH["text"] and model.unmasking == "uniform"
+    assert tuple(model.event_shape) == (LENGTH["text"],) and model.temperature == 0.5
     x = draw(model)
     assert x.shape == (8, LENGTH["text"])
     texts = model.decode(x)
@@ -76,6 +77,7 @@ def test_prompts_of_texts(root: Path) -> None:
     assert (tokens[:, 0] == first).all() and (tokens[:, 2] == third).all()
     assert len(tokens[:, 1].unique()) > 1 and len(tokens[:, 3].unique()) > 1
     several = zoo.load("text", prompt=["i love", "i hate"], num_inference_steps=3)
+    assert several.unmasking == "ancestral" and several.num_inference_steps == 3
     assert several.plate == ("prompts", 2)
     x = draw(several)
     assert x.shape == (8, 2, LENGTH["text"])
@@ -88,6 +90,44 @@ def test_prompts_of_texts(root: Path) -> None:
         zoo.load("text", prompt="the film was very very very very good")
     with pytest.raises(ValueError, match="prompt='' has 0 word pieces"):
         zoo.load("text", prompt="")
+
+
+def test_free_word_pieces_beside_punctuation(root: Path) -> None:
+    model = zoo.load("text", prompt="the _, was")
+    tokenizer = model.decoder.tokenizer
+    ids = tokenizer("the [MASK] , was", add_special_tokens=False)["input_ids"]
+    assert model.prompt[:4].tolist() == ids and ids[1] == tokenizer.mask_token_id
+
+
+WRONG_PROMPTS: list[tuple[Any, str]] = [
+    ([], r"prompt=\[\]; give a text, a list of at least one, or tokens"),
+    (5, "prompt=5; give a text"),
+    (["the film", 5], "give a text, a list of at least one"),
+    ("the __ film", "has '_' beside a letter or another"),
+    ("the_film", "has '_' beside a letter or another"),
+    ("the [SEP] film", r"has \[SEP\], with which a text ends; leave that out"),
+    ("the [PAD]", r"has \[PAD\], with which"),
+]
+
+
+@pytest.mark.parametrize("prompt, message", WRONG_PROMPTS)
+def test_wrong_prompts_are_refused(root: Path, prompt: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zoo.load("text", prompt=prompt)
+
+
+def test_options_that_the_loader_sets_itself(root: Path) -> None:
+    """Those for the user to say are taken, those that the model says are refused by name."""
+    tokenizer = zoo.load("text").decoder.tokenizer
+    the = tokenizer.convert_tokens_to_ids("the")
+    model = zoo.load("text", forbidden_token_ids=[the], decoder=None, dtype=torch.float64)
+    assert {the, tokenizer.unk_token_id} <= set(model.forbidden)
+    x = draw(model, 3)
+    assert model.decode(x) is x and (x != the).all()
+    assert next(model.denoiser.network.parameters()).dtype == torch.float64
+    for name, value in (("length", 9), ("vocab_size", 3), ("tokenizer", "mine")):
+        with pytest.raises(ValueError, match=f"{name}={value!r}: the model has its own; leave it"):
+            zoo.load("text", **{name: value})
 
 
 def test_molecules(root: Path) -> None:
@@ -131,3 +171,5 @@ def test_options_of_images_are_refused(root: Path, option: str, value: Any) -> N
 
 def test_uniform_unmasking_has_its_own_number_of_steps(root: Path) -> None:
     assert zoo.load("text", unmasking="uniform", group_size=3).num_inference_steps == 3
+    with pytest.raises(ValueError, match="num_inference_steps=2 goes with unmasking='ancestral'"):
+        zoo.load("text", unmasking="uniform", num_inference_steps=2)

@@ -23,7 +23,7 @@ def write_tiny(root: Path, kind: str, **about: Any) -> Path:
     tokenizer.model_max_length = LENGTH[kind]
     tokenizer.save_pretrained(folder / "tokenizer")
     _network(len(tokenizer), LENGTH[kind]).save_pretrained(folder / "network")
-    info = {"description": f"tiny {kind}", "kind": kind, "num_inference_steps": 6, **about}
+    info = {"description": f"tiny {kind}", "kind": kind, "temperature": 0.5, **about}
     (folder / "info.json").write_text(json.dumps(info))
     return folder
 

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from pyro_twist.zoo.recipes.masked_training import shuffled_batches, train
 
-VOCABULARY, LONGEST_MERGE = 512, 12
+VOCABULARY, LONGEST_MERGE = 2048, 16
 SPECIAL = {"pad_token": "[PAD]", "mask_token": "[MASK]", "eos_token": "[END]"}
 
 

@@ -31,7 +31,9 @@ PROPERTIES = ("qed", "sa", "logp", "heavy atoms")
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, number: int, seed: int = 0) -> Tensor:
+def sample(
+    model: Any, tokenizer: Any, number: int, seed: int = 0, temperature: float = 1.0
+) -> Tensor:
     """
     Draws sequences by ancestral sampling, one uniformly chosen position after the other.
 
@@ -39,6 +41,7 @@ def sample(model: Any, tokenizer: Any, number: int, seed: int = 0) -> Tensor:
     :param tokenizer: Its tokenizer; ``model_max_length`` is the length of a sequence.
     :param int number: How many.
     :param int seed: Seeds the draws.
+    :param float temperature: Divides the logits; below 1, likely tokens become likelier.
     :returns: The ids, int64, of shape ``(number, length)``.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +51,7 @@ def sample(model: Any, tokenizer: Any, number: int, seed: int = 0) -> Tensor:
     for column in order.T:
         # float64: sampling with float32 uniforms truncates the tails
         logits = torch.cat([model(chunk).logits for chunk in ids.split(256)]).double()
-        logits = logits[torch.arange(number), column]
+        logits = logits[torch.arange(number), column] / temperature
         logits[:, tokenizer.mask_token_id] = -torch.inf
         token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids.scatter_(1, column[:, None], token)
@@ -171,15 +174,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--reference", type=int, default=5000, help="test molecules for the FCD")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     model = AutoModelForMaskedLM.from_pretrained(options.folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
-    smiles = to_smiles(tokenizer, sample(model, tokenizer, options.samples, options.seed))
+    ids = sample(model, tokenizer, options.samples, options.seed, options.temperature)
+    smiles = to_smiles(tokenizer, ids)
     test = [canonical(one) for one in moses("test")[: options.reference + options.samples]]
     features, known = activations(test[options.samples :]), set(moses("train"))
     report = {
+        "temperature": options.temperature,
         "samples": measure(smiles, known, features),
         "test": measure(test[: options.samples], known, features),
         "minutes": round((time.time() - start) / 60.0, 1),

@@ -4,7 +4,7 @@
 """
 Puts a trained masked model where the zoo finds it.
 
-``python -m pyro_twist.zoo.recipes.ship RUN FOLDER --kind molecules --steps 18 --description ...``
+``python -m pyro_twist.zoo.recipes.ship RUN FOLDER --kind molecules --description ...``
 copies network and tokenizer from the folder of a finished training, and writes ``info.json``.
 Model card, notice and report are written beside it by hand and by the reports.
 """
@@ -51,11 +51,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", required=True, choices=["molecules", "text"])
-    parser.add_argument("--steps", type=int, required=True, help="recommended number of steps")
+    parser.add_argument("--temperature", type=float, default=1.0, help="recommended")
     parser.add_argument("--description", required=True)
     options = parser.parse_args()
-    info = {"description": options.description, "kind": options.kind}
-    ship(options.run, options.folder, {**info, "num_inference_steps": options.steps})
+    given = vars(options)
+    info = {name: given[name] for name in ("description", "kind", "temperature")}
+    ship(options.run, options.folder, info)
 
 
 if __name__ == "__main__":
