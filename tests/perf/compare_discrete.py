@@ -63,8 +63,9 @@ def tree(name: str, share: float) -> Arm:
     """
 
     def arm(model: Any, n: int, seed: int) -> Results:
-        width = int(share * PASSES * n)
-        return {name: TreeSearch(model, width, 4, seed=seed, progress=False).run()}
+        width, group = int(share * PASSES * n), model.group_size
+        search = TreeSearch(model, width, 4, group_size=group, seed=seed, progress=False)
+        return {name: search.run()}
 
     return arm
 
@@ -150,17 +151,17 @@ def _molecules() -> Any:
 
 
 def plan(options: Namespace) -> Iterator[Job]:
-    """The jobs, all sizes of a seed together."""
-    for seed in range(SEEDS):
-        for size in SIZES:
+    """The jobs, the most telling first."""
+    for size, few in ((4, SEEDS), (16, SEEDS // 2), (8, SEEDS // 2)):
+        for seed in range(SEEDS if options.full else few):
             for task in TASKS.values():
-                if options.full or size < SIZES[-1] or seed < SEEDS // 2:
-                    yield Job(task.name, size, seed, tuple(ARMS))
-        if options.ablations or options.full:
-            for task in TASKS.values():
-                yield Job(task.name, 4, seed, tuple(ABLATIONS))
+                yield Job(task.name, size, seed, tuple(ARMS))
     if options.references:
         yield from _reference_jobs()
+    if options.ablations or options.full:
+        for seed in range(SEEDS):
+            for task in TASKS.values():
+                yield Job(task.name, 4, seed, tuple(ABLATIONS))
 
 
 def _reference_jobs() -> Iterator[Job]:
