@@ -171,7 +171,7 @@ class Tables:
     def ablations(self, rows: Sequence[Row]) -> str:
         """What is lost where a part is left out."""
         arms = sorted({row["arm"] for row in rows if row["arm"].startswith("tri, ")})
-        arms = [arm for arm in arms if arm not in self.shown]
+        arms = [arm for arm in arms if arm not in (*self.shown, "tri, last pass")]
         names = [n for n in self.tasks if any(by_seed(rows, n, 4, arm, "log_z") for arm in arms)]
         if not arms or not names:
             return ""
