@@ -6,6 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= results/align
+MODEL ?= emoji
 ARGS ?=
 PIP_ARGS ?=
 # Threads that spin while they wait make a network many times slower as soon as one core is busy.
@@ -14,6 +15,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 THREADS ?= 1
 
 extras-run := plots,rewards
+extras-run-emoji := $(extras-run)
+extras-run-digits := $(extras-run)
+extras-run-molecules := $(extras-run),molecules
+extras-run-text := $(extras-run),text
+extras-run-antiberty := $(extras-run),antibodies
+extras-run-sapiens := $(extras-run),antibodies
 extras-test := test
 extras-docs := docs
 
@@ -37,12 +44,12 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt requirements-anti
 	    sleep $$((10 * try)); \
 	done
 	@# weights alone: what these packages ask for is not needed
-	@if [ "$*" = test ]; then $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+	@if [[ "$*" =~ ^(test|run-antiberty|run-sapiens)$$ ]]; then $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
 	    $(PIP_ARGS) -r requirements-antibodies.txt; fi
 	@touch $@
 
-align: $(VENV)/.installed-run  ## align the shipped emoji model to a reward
-	@$(BIN)/pyro-twist align emoji --out "$(OUT)" $(or $(ARGS),--class flags --reward green)
+align: $(VENV)/.installed-run-$(MODEL)  ## align the emoji model, or MODEL=molecules, text, ..., to a reward
+	@$(BIN)/pyro-twist align $(MODEL) --out "$(OUT)" $(or $(ARGS),$(if $(filter emoji,$(MODEL)),--class flags --reward green))
 
 test: $(VENV)/.installed-test  ## run the tests
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)

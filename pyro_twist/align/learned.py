@@ -16,7 +16,7 @@ from pyro_twist.align.outcome import Arm, Outcome
 from pyro_twist.align.table import number
 from pyro_twist.infer import default_twist
 from pyro_twist.infer.plots import plot_iterations
-from pyro_twist.twists.summary import Curve, Direction, Panel
+from pyro_twist.twists.summary import Curve, Direction, Panel, Ranking
 from pyro_twist.viz import (
     Code,
     Figure,
@@ -135,12 +135,23 @@ def learned_section(arm: Arm, outcome: Outcome, pictures: Mapping[str, Figure]) 
     :param Outcome outcome: The job.
     :param dict pictures: Those of :func:`learned_pictures`, perhaps among others.
     """
-    words = [told_of(panel) for panel in panels(arm) if not _is_drawn(panel, arm.twist.model)]
+    words: list[Part] = []
+    for panel in panels(arm):
+        if not _is_drawn(panel, arm.twist.model):
+            words += [told_of(panel), *_listed(panel)]
     names = [f"{kind}-{arm.method.name}" for kind in KINDS]
     shown = [pictures[name] for name in names if name in pictures]
     parts: list[Part] = [_ABOUT.format(title=arm.method.title), *words, *shown]
     parts += [_iterations_table(arm), *_reuse(arm, outcome)]
     return Section(f"What {arm.method.title} has learned", parts)
+
+
+def _listed(panel: Panel) -> list[Part]:
+    """The table of a panel that has one."""
+    if not isinstance(panel, Ranking):
+        return []
+    rows = [[name, number(value)] for name, value in zip(panel.names, panel.values, strict=True)]
+    return [Table([panel.kind, panel.label], rows)]
 
 
 def _is_drawn(panel: Panel, model: Any) -> bool:

@@ -174,8 +174,11 @@ def _tree_search(setting: Setting) -> Runnable:
 
 
 def _trust_region(setting: Setting) -> Runnable:
-    """As many passes as leave every one four particles, at most four."""
-    passes = max(1, min(4, setting.num_particles // 4))
+    """
+    As many passes as leave every one sixteen particles, at most four: smaller ones select too
+    little, and the twist learns within a pass as well.
+    """
+    passes = max(1, min(4, setting.num_particles // 16))
     options = {**setting.resampled, "num_particles": setting.num_particles // passes}
     return TrustRegionTwist(setting.model, None, num_iterations=passes - 1, **options)
 
@@ -236,8 +239,8 @@ register_method(
     Method(
         "tri-tsmc",
         "TRI-TSMC",
-        "Splits the budget into up to four passes, learns from each how to steer the next "
-        "(trust-region twisted SMC), and pools them.",
+        "Learns how to steer while it samples (trust-region twisted SMC): within a pass, and from "
+        "32 particles on between up to four passes, which are pooled.",
         "samples of the tilted law",
         _trust_region,
         default=True,

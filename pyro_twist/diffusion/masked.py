@@ -36,6 +36,8 @@ from pyro_twist.diffusion.unmasking import (
 
 __all__ = ["MaskedDiffusion"]
 
+_STEPS = 50
+
 
 class MaskedDiffusion:
     r"""
@@ -73,12 +75,14 @@ class MaskedDiffusion:
     :param int length: The number of positions of a sequence.
     :param int vocab_size: The number of tokens, that of the mask included.
     :param int mask_token_id: The mask token.
-    :param int num_inference_steps: Number of steps T of ancestral unmasking.
-    :param schedule: The share of revealed positions as a function of time: ``"linear"``,
-        ``"cosine"``, ``"log-linear"`` or a function; see :mod:`pyro_twist.diffusion.masking`.
+    :param int num_inference_steps: Number of steps T of ancestral unmasking, 50 by default.
+    :param schedule: The share of revealed positions as a function of time in ancestral unmasking:
+        ``"linear"``, the default, ``"cosine"``, ``"log-linear"`` or a function; see
+        :mod:`pyro_twist.diffusion.masking`.
     :param str unmasking: ``"ancestral"``, each position by itself, or ``"uniform"``, in groups of
         ``group_size`` that are chosen uniformly; then T follows from the number of positions.
-    :param int group_size: The number of positions revealed in a step of ``"uniform"``.
+    :param int group_size: The number of positions revealed in a step of ``"uniform"``, 1 by
+        default.
     :param tuple remasking: ``("capped", eta)`` or ``("rescaled", eta)`` with ``"ancestral"``:
         revealed positions may be masked again, so that a token can still change.
     :param Tensor prompt: Fixed tokens, with the mask token at free positions, of shape
@@ -110,10 +114,10 @@ class MaskedDiffusion:
         vocab_size: int,
         mask_token_id: int,
         *,
-        num_inference_steps: int = 50,
-        schedule: str | Callable[[float], float] = "linear",
+        num_inference_steps: int | None = None,
+        schedule: str | Callable[[float], float] | None = None,
         unmasking: str = "ancestral",
-        group_size: int = 1,
+        group_size: int | None = None,
         remasking: Remasking | None = None,
         prompt: Tensor | None = None,
         plate: tuple[str, int] | None = None,
@@ -124,8 +128,11 @@ class MaskedDiffusion:
         decoder: Callable[[Tensor], Any] | None = None,
         conditioning: Mapping[str, Any] | None = None,
     ) -> None:
+        group_size, steps = _or(group_size, 1), _or(num_inference_steps, _STEPS)
         _check_sizes(length, vocab_size, mask_token_id, group_size, chunk_size)
         _check_unmasking(unmasking, remasking, temperature)
+        _check_used(unmasking, num_inference_steps, schedule, group_size)
+        _check_plate(plate)
         self.event_shape = torch.Size((length,))
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
         self.temperature = temperature
@@ -151,7 +158,7 @@ class MaskedDiffusion:
         self.frozen = self.prompt != mask_token_id
         if isinstance(network, SplitNetwork):
             self._check_split(network, head)
-        self.schedule = make_masking_schedule(schedule, num_inference_steps, remasking)
+        self.schedule = make_masking_schedule(_or(schedule, "linear"), steps, remasking)
         self.timesteps = tuple(range(self._num_steps(), 0, -1))
 
     @classmethod
@@ -171,19 +178,34 @@ class MaskedDiffusion:
         Every model that transformers loads as ``AutoModelForMaskedLM`` will do, and models with
         code of their own that predict the token of every masked position: of MDLM's kind, whose
         argument ``timesteps`` is given zeros, or of LLaDA's, which are loaded by ``AutoModel`` and
-        decoded with ``unmasking="uniform"`` unless ``options`` say otherwise. Weights are read from
+        decoded with ``unmasking="uniform"`` unless ``options`` say otherwise, or have a number of
+        steps or a schedule, which are those of ancestral unmasking. Weights are read from
         safetensors files only.
 
+        A model that was trained on sequences between special tokens, such as ``[CLS]`` and
+        ``[SEP]``, wants them there: put them into ``prompt``, since none is added, and forbid them
+        elsewhere. ESM is such a one, and with its ``token_dropout`` it also scales embeddings by
+        the share of positions that are not masked, so that a sequence of nothing but masks has no
+        prediction at all::
+
+            frame = torch.full((102,), tokenizer.mask_token_id)
+            frame[0], frame[-1] = tokenizer.cls_token_id, tokenizer.eos_token_id
+            special = set(tokenizer.all_special_ids)
+            model = MaskedDiffusion.from_pretrained(
+                "facebook/esm2_t6_8M_UR50D", prompt=frame, forbidden_token_ids=special
+            )
+
         :param str path: A folder, or the name of a model on the hub.
-        :param int length: The number of positions; by default that of the prompt, or else all that
-            the model has.
+        :param int length: The number of positions; by default that of the prompt, or else the most
+            that model and tokenizer can take.
         :param tokenizer: The tokenizer, if it is not the one saved with the model.
         :param bool trust_remote_code: Whether code that comes with the model may be run. Read it
             first.
         :param torch.dtype dtype: The dtype to compute in; by default that of the weights.
         :param options: Options of :class:`MaskedDiffusion`; ``mask_token_id``, ``vocab_size`` and
             ``decoder`` are those of the tokenizer and the model by default, and
-            ``forbidden_token_ids`` those that no text has.
+            ``forbidden_token_ids`` those that no text has: the one for what is unknown, and those
+            beyond the tokenizer.
         :returns: The model, in evaluation mode.
         :raises ValueError: If the model predicts no masked tokens, or something is not known.
         """
@@ -270,15 +292,18 @@ class MaskedDiffusion:
         """
         The share of the free positions that is revealed at each time index, on average.
 
-        :returns: Of shape ``(T + 1,)``, float64, from 1 at index 0.
+        :returns: Of shape ``(T + 1,)``, float64, from 1 at index 0; of shape ``(T + 1, size)`` if
+            groups are revealed and the entries of the plate have different numbers of free
+            positions.
         :rtype: Tensor
         """
         if self.unmasking == "ancestral":
             return torch.tensor(self.schedule.alphas, dtype=torch.float64)
-        free = self._num_free().double().cpu()
+        free = self._num_free().double().cpu().reshape(1, -1)
         steps = torch.arange(self.num_inference_steps, -1, -1)[:, None]
-        share = (steps * self.group_size / free.reshape(1, -1).clamp(min=1)).clamp(max=1.0)
-        return share.mean(1)
+        share = (steps * self.group_size / free.clamp(min=1)).clamp(max=1.0)
+        share = torch.where(free == 0, 1.0, share)
+        return share[:, 0] if (free == free[0, 0]).all() else share
 
     def terminal(self, state: Mapping[Any, Tensor], x0: Tensor) -> None:
         """
@@ -397,8 +422,18 @@ class MaskedDiffusion:
         length, size = self.event_shape[0], 1 if self.plate is None else self.plate[1]
         if prompt is None:
             return torch.full((length,), self.mask_token_id)
-        prompt = torch.as_tensor(prompt)
-        if prompt.is_floating_point() or tuple(prompt.shape) not in ((length,), (size, length)):
+        try:
+            prompt = torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"prompt={prompt!r} is no tensor of tokens; encode it with the model's tokenizer, "
+                f"with the mask token {self.mask_token_id} at free positions, {length} in all"
+            ) from None
+        if (
+            prompt.dtype == torch.bool
+            or prompt.is_floating_point()
+            or tuple(prompt.shape) not in ((length,), (size, length))
+        ):
             raise ValueError(
                 f"prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}; expected "
                 f"integer tokens of shape ({length},)"
@@ -439,11 +474,11 @@ def _check_sizes(
     if chunk_size is not None:
         named["chunk_size"] = chunk_size
     for name, value in named.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_whole(value) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive integer; try {name}=1 or more")
-    if not 0 <= mask_token_id < vocab_size:
+    if not _is_whole(mask_token_id) or not 0 <= mask_token_id < vocab_size:
         raise ValueError(
-            f"mask_token_id={mask_token_id} is no token: they are 0 to {vocab_size - 1}. The "
+            f"mask_token_id={mask_token_id!r} is no token: they are 0 to {vocab_size - 1}. The "
             "vocabulary must hold the mask; try the tokenizer's mask_token_id, and vocab_size as "
             "the number of logits."
         )
@@ -458,16 +493,55 @@ def _check_unmasking(unmasking: str, remasking: Any, temperature: float) -> None
         )
     if remasking is not None and check_remasking(remasking) and unmasking == "uniform":
         raise ValueError(f"remasking={remasking!r} goes with unmasking='ancestral' only")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not (number and 0 < temperature < math.inf):
         raise ValueError(
-            f"temperature={temperature} is not positive. Greedy decoding is deterministic: copies "
-            "of a particle would never separate, and a step has no transition density for the "
-            "weights. Try temperature=1.0."
+            f"temperature={temperature!r} is not a positive number. Greedy decoding is "
+            "deterministic: copies of a particle would never separate, and a step has no "
+            "transition density for the weights. Try temperature=1.0."
         )
 
 
+def _check_used(unmasking: str, steps: Any, schedule: Any, group_size: int) -> None:
+    """Refuses options that would be ignored."""
+    if unmasking == "ancestral" and group_size != 1:
+        raise ValueError(
+            f"group_size={group_size} goes with unmasking='uniform' only; in ancestral unmasking "
+            "num_inference_steps and schedule say how many positions a step reveals"
+        )
+    for name, value in (("num_inference_steps", steps), ("schedule", schedule)):
+        if unmasking == "uniform" and value is not None:
+            raise ValueError(
+                f"{name}={value!r} goes with unmasking='ancestral' only; with 'uniform' there is a "
+                "step for every group of positions, so choose group_size"
+            )
+
+
+def _check_plate(plate: Any) -> None:
+    pair = isinstance(plate, tuple) and len(plate) == 2
+    if plate is None or (pair and isinstance(plate[0], str) and _is_whole(plate[1], 1)):
+        return
+    raise ValueError(
+        f"plate={plate!r}; give name and size of a plate, in this order, such as ('prompts', 8)"
+    )
+
+
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
 def _forbidden(tokens: Collection[int], vocab_size: int, mask_token_id: int) -> tuple[int, ...]:
-    forbidden = {int(token) for token in tokens}
+    try:
+        forbidden = {int(token) for token in tokens}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"forbidden_token_ids={tokens!r}; give a collection of tokens, numbers from 0 to "
+            f"{vocab_size - 1}"
+        ) from None
     for token in forbidden:
         if not 0 <= token < vocab_size:
             raise ValueError(f"forbidden_token_ids has {token}; tokens are 0 to {vocab_size - 1}")

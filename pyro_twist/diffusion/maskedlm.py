@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_twist.diffusion.denoiser import BatchedDenoiser
+from pyro_twist.positions import num_positions
 
 __all__ = ["OutputLayerError", "SplitNetwork", "TokenDenoiser", "load_masked_lm", "split_network"]
 
@@ -246,6 +247,11 @@ def load_masked_lm(
     """
     from transformers import AutoConfig
 
+    if "denoiser" in options:
+        raise ValueError(
+            f"denoiser={type(options['denoiser']).__name__}: it is what is loaded from {path}; "
+            "leave it out, or give it to MaskedDiffusion itself"
+        )
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     kind = _auto_class(config, path)
     model = kind.from_pretrained(
@@ -256,10 +262,10 @@ def load_masked_lm(
     if tokenizer is None:
         tokenizer = _tokenizer(path, trust_remote_code)
     found = dict(options)
-    if kind.__name__ == "AutoModel":
+    if kind.__name__ == "AutoModel" and not {"num_inference_steps", "schedule"} & options.keys():
         found.setdefault("unmasking", "uniform")
     found["denoiser"] = model
-    found["length"] = _length(length, found.get("prompt"), config)
+    found["length"] = _length(length, found.get("prompt"), model, tokenizer)
     found.setdefault("vocab_size", _vocab_size(model, config))
     found.setdefault("mask_token_id", _mask_token_id(tokenizer, config, path))
     if tokenizer is not None:
@@ -301,15 +307,16 @@ def _tokenizer(path: Any, trust_remote_code: bool) -> Any:
         return None
 
 
-def _length(length: int | None, prompt: Any, config: Any) -> int:
-    if length is not None:
-        return length
-    if prompt is not None:
-        return int(torch.as_tensor(prompt).shape[-1])
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
+def _length(length: int | None, prompt: Any, model: Any, tokenizer: Any) -> int:
+    most = num_positions(model)
+    if length is None and prompt is not None and not isinstance(prompt, str):
+        length = int(torch.as_tensor(prompt).shape[-1])
+    if length is None and most is not None:
+        # a tokenizer that does not know says a number without meaning
+        return min(most, int(min(getattr(tokenizer, "model_max_length", most), 2**31)))
+    if length is None:
         raise ValueError("the model does not say how long its sequences are; give length=")
-    return int(positions)
+    return length
 
 
 def _vocab_size(model: Any, config: Any) -> int:

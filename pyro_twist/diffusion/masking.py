@@ -84,8 +84,11 @@ def make_masking_schedule(
         Guanghan Wang, Yair Schiff, Subham Sekhar Sahoo, Volodymyr Kuleshov (2025), section 4,
         https://arxiv.org/abs/2503.00307
     """
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps={num_inference_steps}; give at least one step")
+    whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
+    if not whole or num_inference_steps < 1:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps!r}; give a whole number of steps, 1 or more"
+        )
     alpha = _alpha(schedule)
     alphas = [float(alpha(t / num_inference_steps)) for t in range(num_inference_steps + 1)]
     _check_alphas(alphas, schedule)
@@ -98,7 +101,7 @@ def make_masking_schedule(
 def _alpha(schedule: str | Callable[[float], float]) -> Callable[[float], float]:
     if callable(schedule):
         return schedule
-    if schedule not in _ALPHAS:
+    if not isinstance(schedule, str) or schedule not in _ALPHAS:
         raise ValueError(f"schedule={schedule!r}; choose {', '.join(_ALPHAS)}, or give a function")
     return _ALPHAS[schedule]
 
@@ -142,8 +145,9 @@ def check_remasking(remasking: Any) -> Remasking:
             "never separate and a step has no transition density. Try unmasking='uniform', which "
             "picks them at random."
         )
-    kind, eta = remasking if len(remasking) == 2 else (None, -1.0)
-    if kind not in ("capped", "rescaled") or not 0 <= eta <= 1:
+    pair = isinstance(remasking, (tuple, list)) and len(remasking) == 2
+    kind, eta = remasking if pair else ("", -1.0)
+    if kind not in ("capped", "rescaled") or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(
             f"remasking={remasking!r}; give ('capped', eta) or ('rescaled', eta) with eta in "
             "[0, 1], or None"

@@ -229,6 +229,7 @@ class Unmasking(TorchDistribution):
                 f"eta has shape {tuple(eta.shape)}, which does not broadcast to {target}: one "
                 "number for every token, or for every position and token"
             )
+        eta = eta.expand(eta.shape[:-1] + (self.vocab_size,))
         clone = copy.copy(self)
         clone.eta = eta if self.eta is None else self.eta + eta
         clone._memory = self._remembered()
@@ -286,31 +287,55 @@ class Unmasking(TorchDistribution):
     def _base(self, which: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         """The same without the tilt; remembered if there is but one chunk."""
         rows = self.rows if which is None else self.rows[which]
-        size = max(1, _ENTRIES // self.vocab_size)
         known = self._recall(which)
         if known is not None:
             yield slice(0, len(rows)), known
             return
-        for start in range(0, len(rows), size):
-            part = slice(start, min(start + size, len(rows)))
-            base = self._evaluate(rows[part])
-            if len(rows) <= size:
+        parts = self._parts(len(rows))
+        for part in parts:
+            base = torch.log_softmax(self._evaluate(rows[part]), -1)
+            if len(parts) == 1:
                 self._remember(which, base)
             yield part, base
+
+    def _scores(self) -> Iterator[tuple[slice, Tensor]]:
+        """For all masked positions, the same up to a number for each: no normaliser is needed."""
+        rows, memory = self.rows, self._remembered()
+        known = memory.get("all", memory.get("raw"))
+        if known is not None:
+            yield slice(0, len(rows)), known
+            return
+        parts = self._parts(len(rows))
+        for part in parts:
+            scores = self._evaluate(rows[part])
+            if len(parts) == 1 and not self._values.requires_grad:
+                memory["raw"] = scores
+            yield part, scores
+
+    def _parts(self, number: int) -> list[slice]:
+        size = max(1, _ENTRIES // self.vocab_size)
+        return [slice(start, min(start + size, number)) for start in range(0, number, size)]
 
     def _evaluate(self, rows: Tensor) -> Tensor:
         # a fit differentiates the tilt, never the parameters of the head
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._values.requires_grad):
-            return torch.log_softmax(self.logits.at(rows), -1)
+            return self.logits.at(rows)
 
     def _recall(self, which: Tensor | None) -> Tensor | None:
         memory = self._remembered()
+        if "raw" in memory and which is None:
+            memory["all"] = torch.log_softmax(memory.pop("raw"), -1)
         if "all" in memory:
             base: Tensor = memory["all"]
             return base if which is None else base[which]
         known, base = memory.get("some", (None, None))
-        same = which is not None and known is not None and torch.equal(known, which)
-        return base if same else None
+        if which is not None and known is not None and torch.equal(known, which):
+            return base
+        if which is None or "raw" not in memory:
+            return None
+        base = torch.log_softmax(memory["raw"][which], -1)
+        self._remember(which, base)
+        return base
 
     def _remember(self, which: Tensor | None, base: Tensor) -> None:
         if self._values.requires_grad:
@@ -504,21 +529,57 @@ class Unmasking(TorchDistribution):
         :rtype: Tensor
         """
         shape = self.tokens.shape
-        if uniforms is not None and uniforms.shape[uniforms.dim() - len(shape) :] != shape:
+        if uniforms is not None:
+            return self._filled(uniforms, lambda rows, scores, total: None)
+        filled = self.tokens.reshape(-1).clone()
+        for part, scores in self._scores():
+            rows = self.rows[part]
+            peak, filled[rows] = self._tilted_scores(scores, rows).max(-1)
+            self._check_tilt(peak, rows)
+        return filled.reshape(shape)
+
+    @torch.no_grad()
+    def complete_tilted(self, eta: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        ``tilted(eta).complete(uniforms)`` and ``log_normalizer(eta)``, applying the head once.
+
+        :param Tensor eta: As in :meth:`tilted`.
+        :param Tensor uniforms: As in :meth:`complete`.
+        :returns: Sequences of the shape of ``uniforms``, and numbers of the batch shape, float64.
+        :rtype: tuple
+        """
+        terms = [self._zeros(0)]
+
+        def keep(rows: Tensor, scores: Tensor, log_total: Tensor) -> None:
+            terms.append(log_total - self._tilted_scores(scores, rows).logsumexp(-1))
+
+        filled = self.tilted(eta)._filled(uniforms, keep)
+        return filled, self._summed(torch.cat(terms), self.rows)
+
+    def _filled(self, uniforms: Tensor, keep: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
+        """
+        Completions; ``keep`` is told positions, their scores, and the log-normalisers tilted.
+        """
+        shape = self.tokens.shape
+        if uniforms.shape[uniforms.dim() - len(shape) :] != shape:
             raise ValueError(
                 f"uniforms have shape {tuple(uniforms.shape)}, which does not end in "
                 f"{tuple(shape)}, the shape of the tokens"
             )
-        target = shape if uniforms is None else uniforms.shape
-        filled = self.tokens.expand(target).reshape(-1, shape.numel()).clone()
-        numbers = None if uniforms is None else uniforms.reshape(-1, shape.numel())
-        for part, log_probs in self.chunks():
+        filled = self.tokens.expand(uniforms.shape).reshape(-1, shape.numel()).clone()
+        numbers = uniforms.reshape(-1, shape.numel())
+        for part, scores in self._scores():
             rows = self.rows[part]
-            if numbers is None:
-                filled[:, rows] = log_probs.argmax(-1)
-            else:
-                filled[:, rows] = _inverse_cdf(log_probs, numbers[:, rows].T).T
-        return filled.reshape(target)
+            tilted = self._tilted_scores(scores, rows)
+            peak = tilted.amax(-1, keepdim=True)
+            self._check_tilt(peak[:, 0], rows)
+            cumulative = (tilted - peak).exp_().cumsum_(-1)
+            filled[:, rows] = _passed(cumulative, numbers[:, rows].T).T
+            keep(rows, scores, peak[:, 0] + cumulative[:, -1].log())
+        return filled.reshape(uniforms.shape)
+
+    def _tilted_scores(self, scores: Tensor, rows: Tensor) -> Tensor:
+        return scores if self.eta is None else scores + self._eta_at(rows)
 
 
 class AncestralUnmasking(Unmasking):
@@ -623,8 +684,8 @@ class GroupUnmasking(Unmasking):
         frozen: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size={size} is not a positive number of positions; try size=1")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size={size!r} is not a positive number of positions; try size=1")
         self.size = size
         super().__init__(tokens, mask_token_id, logits, frozen=frozen, validate_args=validate_args)
 
@@ -674,7 +735,11 @@ def _inverse_cdf(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     :param Tensor uniforms: Of shape ``(rows, draws)``, float64.
     :returns: Of the shape of ``uniforms``; tokens of probability 0 never.
     """
-    cumulative = log_probs.exp().cumsum_(-1)
+    return _passed(log_probs.exp().cumsum_(-1), uniforms)
+
+
+def _passed(cumulative: Tensor, uniforms: Tensor) -> Tensor:
+    """The same from cumulative sums, which need not end at one."""
     total = cumulative[:, -1:]
     # below the total, so that rounding cannot lead past the last token that has any probability
     targets = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -22,6 +22,8 @@ from pyro_twist.infer.randomness import RandomStream
 from pyro_twist.infer.result import SMCResult
 from pyro_twist.rewards.samples import originals
 from pyro_twist.rewards.tilted import log_potential
+from pyro_twist.twists.completions import only
+from pyro_twist.twists.lookahead import check_tilted
 
 __all__ = ["Frontier", "SearchStep", "TreeSearch"]
 
@@ -99,7 +101,9 @@ class TreeSearch:
     :param int branching: The number of children of a node, :math:`K`.
     :param int group_size: The number of positions that are revealed in one step.
     :param int max_reward_calls: Ends the search before a step that might exceed this number of
-        scored sequences; the result then holds completions, as they were scored.
+        calls, one for each reward of the model and each sequence; the sequences found are scored
+        once more at the end, which counts. The result then holds completions, as they were scored.
+        A terminal potential that is no reward counts as one.
     :param int seed: The seed of the positions; by default they are drawn from torch's global
         stream. Nothing else is random.
     :param bool progress: Whether :meth:`run` shows a progress bar; by default on a terminal only.
@@ -140,6 +144,7 @@ class TreeSearch:
         self.max_reward_calls = max_reward_calls
         self.progress = progress
         self.steps: list[SearchStep] = []
+        self._num_scored = 0
         self._stream = RandomStream(seed)
 
     def run(self) -> SMCResult:
@@ -152,7 +157,7 @@ class TreeSearch:
         :rtype: SMCResult
         """
         start, before = time.perf_counter(), Counter(self._model_counts())
-        self.steps = []
+        self.steps, self._num_scored = [], 0
         self._stream.restart()
         with self._stream(), torch.no_grad(), poutine.block():
             frontier = self._search(before)
@@ -206,7 +211,12 @@ class TreeSearch:
         valid = (possible & frontier.valid[:, None]).flatten(0, 1)
         valid = valid & _first_of_equals(x, valid)
         share = (frontier.masked_share * shrunk)[:, None].expand(possible.shape).flatten(0, 1)
-        return Frontier(x, proxy, self._scored(proxy, valid), share, valid)
+        # a node without masks is its own only child, with the score that it has
+        known = ~self._masked(frontier.x).any(-1) & (frontier.masked_share < 1)
+        score = frontier.score[:, None].expand(possible.shape).flatten(0, 1)
+        ended = known[:, None].expand(possible.shape).flatten(0, 1)
+        score = torch.where(ended & valid, score, self._scored(proxy, valid & ~ended))
+        return Frontier(x, proxy, score, share, valid)
 
     def _drawn(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -265,9 +275,10 @@ class TreeSearch:
 
     def _scored(self, proxy: Tensor, valid: Tensor) -> Tensor:
         """Log-potentials of the proxies of valid nodes, minus infinity elsewhere."""
-        first = valid.long().argmax(0, keepdim=True)
-        # a copy of what is scored anyway takes the place of the others: rewards score copies once
-        filled = torch.where(valid[..., None], proxy, take_ancestors(proxy, first))
+        if not valid.any():
+            return torch.full(valid.shape, -torch.inf, dtype=torch.float64, device=valid.device)
+        filled = only(proxy, valid)
+        self._num_scored += len(filled.reshape(-1, filled.shape[-1]).unique(dim=0))
         score = log_potential(self.model, {"x": filled}, filled)
         return torch.where(valid, score, -torch.inf)
 
@@ -333,17 +344,27 @@ class TreeSearch:
         """Whether the next step and the end surely fit into the budget."""
         if self.max_reward_calls is None:
             return True
-        spent = self._model_counts().get("reward", 0) - before.get("reward", 0)
-        populations = frontier.score[0].numel()
-        next_ones = int(frontier.valid.sum()) * self.branching
-        fits = spent + next_ones + self.width * populations <= self.max_reward_calls
+        masked = frontier.valid & self._masked(frontier.x).any(-1)
+        # a reward of each entry is also asked where nothing is left to reveal
+        next_ones = int(masked.sum()) * self.branching + int((~masked.any(0)).sum())
+        least = self._num_rewards() * (next_ones + self.width * frontier.score[0].numel())
+        fits = self._spent(before) + least <= self.max_reward_calls
         if not fits and not self.steps:
-            least = next_ones + self.width * populations
             raise ValueError(
                 f"max_reward_calls={self.max_reward_calls} is too few for one step, which may "
                 f"take {least} with what is scored at the end; give more, or a lower width"
             )
         return fits
+
+    def _spent(self, before: Mapping[str, int]) -> int:
+        """Calls of rewards so far; of other potentials, the sequences that they were asked for."""
+        counts = self._model_counts()
+        if "reward" not in counts:
+            return self._num_scored
+        return counts["reward"] - before.get("reward", 0)
+
+    def _num_rewards(self) -> int:
+        return max(1, len(getattr(self.model, "reward_names", ())))
 
 
 def _check_model(model: Any) -> None:
@@ -353,11 +374,7 @@ def _check_model(model: Any) -> None:
                 f"{type(model).__name__} has no `{name}`; a tree search is over sequences of a "
                 "masked model, such as RewardTilted(MaskedDiffusion(...), reward)"
             )
-    if not hasattr(model, "terminal"):
-        raise ValueError(
-            f"{type(model).__name__} has no terminal potential to search for; wrap it, as in "
-            "RewardTilted(model, reward)"
-        )
+    check_tilted(model, "search for")
 
 
 def _children(sequences: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
@@ -387,7 +404,21 @@ def _first_of_equals(x: Tensor, valid: Tensor) -> Tensor:
 
 def _most_probable(log_probs: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The highest log-probabilities of each row and their tokens; filled up with minus infinity."""
-    found, tokens = log_probs.sort(dim=-1, descending=True, stable=True)
-    missing = max(0, number - found.shape[-1])
-    found = torch.nn.functional.pad(found[:, :number], (0, missing), value=-torch.inf)
-    return found, torch.nn.functional.pad(tokens[:, :number], (0, missing))
+    kept = min(number, log_probs.shape[-1])
+    found, tokens = _highest(log_probs, kept)
+    found = torch.nn.functional.pad(found, (0, number - kept), value=-torch.inf)
+    return found, torch.nn.functional.pad(tokens, (0, number - kept))
+
+
+def _highest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The highest of each row and their places, of equal ones the first, without sorting all."""
+    found, places = values.topk(number)
+    # which of equal ones are found, and in which order, is left open
+    places, order = places.sort(-1)
+    found, order = found.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    places = places.gather(-1, order)
+    tied = (values >= found[:, -1:]).sum(-1) > number
+    if tied.any():
+        sorted_, all_places = values[tied].sort(dim=-1, descending=True, stable=True)
+        found[tied], places[tied] = sorted_[:, :number], all_places[:, :number]
+    return found, places

@@ -31,9 +31,11 @@ from pyro_twist.twists.learned import (
     learned_parts,
     linear_part,
     log_likelihood,
+    optimised_parts,
     step_statistics,
     trained_parts,
 )
+from pyro_twist.twists.minimise import Minimiser, OptimizerLike
 from pyro_twist.twists.paths import Pass, Paths, PathStep
 from pyro_twist.twists.statistics import PathSums, Quadratic, WeightedSums
 
@@ -147,6 +149,14 @@ class TrustRegionTwist(TwistedSMC):
         on, a few times between its steps. It changes what is proposed next, and costs no
         evaluation.
     :param bool guard: Whether to accept parameters on held-out paths only.
+    :param optimizer: For families that are fitted by an optimiser, such as
+        :class:`~pyro_twist.twists.NeuralTwist` or one of your own: a function of a list of
+        parameters that makes a torch optimiser, such as
+        ``lambda parameters: torch.optim.Adam(parameters, lr=0.01)``, or an optimiser of Pyro, such
+        as ``pyro.optim.Adam({"lr": 0.01})``. Every fit starts it anew. By default L-BFGS with a
+        line search, which needs no learning rate.
+    :param int optimizer_steps: How often to call its ``step`` in a fit; by default once for L-BFGS,
+        which iterates by itself, and 200 times for others.
     :param float stop_ess: Stop fitting (not sampling) once the trust region is inactive and the
         path weights' effective sample size is above this share.
     :param str record: What is kept of a pass until it is fitted. ``"paths"`` is every step, for
@@ -158,7 +168,7 @@ class TrustRegionTwist(TwistedSMC):
         the particles; what a twist's ``observe`` does is done where the passes are.
     :param options: Further options of :class:`TwistedSMC`.
     :raises ValueError: If an argument is out of range, or ``guide`` has no part to learn, or not
-        what ``record`` asks for.
+        what ``record`` or ``optimizer`` asks for.
 
     **Memory**
 
@@ -194,6 +204,8 @@ class TrustRegionTwist(TwistedSMC):
         reuse: bool = True,
         within: bool = True,
         guard: bool = True,
+        optimizer: OptimizerLike = None,
+        optimizer_steps: int | None = None,
         stop_ess: float = 0.95,
         record: Recording = "paths",
         record_device: torch.device | str | None = None,
@@ -208,6 +220,7 @@ class TrustRegionTwist(TwistedSMC):
             raise ValueError(f"stop_ess={stop_ess!r}; give a share above 0 and at most 1")
         self._sizes = (num_particles, final_particles)
         _check_record(guide, record)
+        self._minimise = _minimiser(guide, optimizer, optimizer_steps)
         if options.get("history") == "off":
             raise ValueError("history='off': fitting needs the ancestors; leave history out")
         self.num_iterations = num_iterations
@@ -568,7 +581,7 @@ class TrustRegionTwist(TwistedSMC):
         evidence = self._evidence(ahead)
         step = self._accepted(evidence, parameters, old) if self.guard else 1.0
         if step:
-            _fitted(self.guide, parameters, old, evidence(None, True))
+            _fitted(self.guide, parameters, old, evidence(None, True), self._minimise)
             new = parameters_to_vector(parameters).detach().clone()
             _assign(self.guide, parameters, old + step * (new - old))
         return step
@@ -580,7 +593,7 @@ class TrustRegionTwist(TwistedSMC):
             held_out = evidence(fold, True)
             _assign(self.guide, parameters, old)
             before = log_likelihood(self.guide, held_out)
-            _fitted(self.guide, parameters, old, evidence(fold, False))
+            _fitted(self.guide, parameters, old, evidence(fold, False), self._minimise)
             new = parameters_to_vector(parameters).detach().clone()
             for step in _STEPS:
                 _assign(self.guide, parameters, old + step * (new - old))
@@ -765,6 +778,17 @@ def _check_record(guide: Any, record: str) -> None:
         )
 
 
+def _minimiser(guide: Any, optimizer: Any, steps: Any) -> Minimiser:
+    minimise = Minimiser(optimizer, steps)
+    if minimise != Minimiser() and not optimised_parts(guide):
+        parts = ", ".join(type(part).__name__ for part in learned_parts(guide))
+        raise ValueError(
+            f"optimizer={optimizer!r}, optimizer_steps={steps!r}: no part of the guide ({parts}) "
+            "is fitted by an optimiser, since all have a fit of their own; leave them out"
+        )
+    return minimise
+
+
 def _device(given: torch.device | str | None) -> torch.device | None:
     try:
         return None if given is None else torch.device(given)
@@ -845,11 +869,15 @@ def _assign(twist: Any, parameters: Any, vector: torch.Tensor) -> None:
 
 
 def _fitted(
-    twist: Any, parameters: Any, start: torch.Tensor, batches: Sequence[Paths | Quadratic]
+    twist: Any,
+    parameters: Any,
+    start: torch.Tensor,
+    batches: Sequence[Paths | Quadratic],
+    minimise: Minimiser,
 ) -> None:
     _put(start, parameters)
     for part, some in separate(twist, batches):
-        fit_likelihood(part, some)
+        fit_likelihood(part, some, minimise=minimise)
 
 
 def _put(vector: torch.Tensor, parameters: Any) -> None:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from typing import Any, get_args
 
+from pyro_twist.rewards.numbers import finite_number
 from pyro_twist.rewards.registry import RewardRegistry
 from pyro_twist.rewards.reward import Policy, Reward, per_sample
 
@@ -104,9 +105,7 @@ def logp(target: float | None = None, *, on_invalid: Policy = "-inf") -> Reward:
 
     if target is None:
         return _reward("logP", coefficient, on_invalid)
-    wanted = float(target)
-    if not math.isfinite(wanted):
-        raise ValueError(f"target={target}; give a finite logP, most drugs are between 0 and 5")
+    wanted = finite_number("target", target, "a logP; that of most drugs is between 0 and 5")
     return _reward(
         f"logP near {wanted:g}", lambda molecule: -abs(coefficient(molecule) - wanted), on_invalid
     )

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pyro_twist.rewards.numbers import finite_number
 from pyro_twist.rewards.registry import RewardRegistry
 from pyro_twist.rewards.reward import Policy, Reward, per_sample
 
@@ -132,9 +133,8 @@ def net_charge(
         >>> charges.round().tolist()
         [4.0, -4.0]
     """
-    if not math.isfinite(ph):
-        raise ValueError(f"ph={ph}; give a finite pH, such as 7.4")
-    return _near("net charge", lambda one: one.charge_at_pH(ph), target, on_invalid)
+    acidity = finite_number("ph", ph, "such as 7.4")
+    return _near("net charge", lambda one: one.charge_at_pH(acidity), target, on_invalid)
 
 
 def human_likeness(
@@ -198,16 +198,19 @@ def _log_probs(model: Any, sequences: Sequence[str], masked: bool) -> Tensor:
     tokens = model.encode(sequences)
     size, length = len(tokens), tokens.shape[1] - 2
     targets, places = tokens[:, 1:-1].reshape(-1), torch.arange(1, length + 1).repeat(size)
-    rows = tokens
-    if masked:
-        rows = tokens.repeat_interleave(length, 0)
-        rows = rows.scatter(1, places[:, None], model.mask_token_id)
-    chunks = rows.split(max(1, _RESIDUES_AT_ONCE // length))
-    logits = torch.cat([model.network(input_ids=chunk).logits for chunk in chunks]).double()
-    logits[..., list(model.forbidden_token_ids)] = -math.inf
-    row = torch.arange(len(targets)) // (1 if masked else length)
-    log_probs = logits[row, places].log_softmax(-1)
-    return log_probs.gather(1, targets[:, None]).reshape(size, length)
+    at_once = max(1, _RESIDUES_AT_ONCE // length)
+    # one pass for each residue, or one for all of a sequence
+    parts = torch.arange(len(targets)).split(at_once if masked else at_once * length)
+    found = []
+    for part in parts:
+        rows = tokens[part // length] if masked else tokens[part[::length] // length]
+        if masked:
+            rows = rows.scatter(1, places[part, None], model.mask_token_id)
+        row = torch.arange(len(part)) // (1 if masked else length)
+        logits = model.network(input_ids=rows).logits[row, places[part]].double()
+        logits[:, list(model.forbidden_token_ids)] = -math.inf
+        found.append(logits.log_softmax(-1).gather(1, targets[part, None])[:, 0])
+    return torch.cat(found).reshape(size, length)
 
 
 _REGISTRY = RewardRegistry(
@@ -255,9 +258,7 @@ def _near(
 ) -> Reward:
     if target is None:
         return _reward(name, value, on_invalid)
-    wanted = float(target)
-    if not math.isfinite(wanted):
-        raise ValueError(f"target={target}; give a finite number")
+    wanted = finite_number("target", target, f"the {name} wanted")
     return _reward(f"{name} near {wanted:g}", lambda one: -abs(value(one) - wanted), on_invalid)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_twist.rewards.charlm import char_lm
+from pyro_twist.rewards.numbers import finite_number
 from pyro_twist.rewards.registry import RewardRegistry
 from pyro_twist.rewards.reward import Reward, per_sample
 
@@ -193,7 +194,9 @@ class TrigramLM:
 
     Letters and apostrophes make words; all else separates them.
 
-    :param float floor: The least log-probability of a word, in nats; unknown words have it.
+    :param float floor: The least log-probability of a word, in nats, negative; unknown words have
+        it.
+    :raises ValueError: If ``floor`` is no log-probability.
     :raises ImportError: If pocketsphinx is not installed.
 
     Example::
@@ -203,8 +206,13 @@ class TrigramLM:
     """
 
     def __init__(self, floor: float = -15.0) -> None:
+        self.floor = finite_number("floor", floor, "a log-probability such as -15.0")
+        if self.floor >= 0:
+            raise ValueError(
+                f"floor={floor!r} is the least log-probability of a word; give a negative number "
+                "such as -15.0"
+            )
         package = _need("pocketsphinx", "pocketsphinx")
-        self.floor = floor
         self._model = package.NGramModel.readfile(package.get_model_path("en-us/en-us.lm.bin"))
         self._unit = package.LogMath().log_to_ln(1)
 

@@ -9,6 +9,7 @@ Models are given, or loaded from a hub or a folder, from safetensors files only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyro_twist.positions import num_positions
 from pyro_twist.rewards.reward import Reward
 from pyro_twist.rewards.text import check_texts
 
@@ -26,17 +28,17 @@ class SequenceClassifierReward(Reward):
     """
     The log-probability of a label of a text, in nats; at most 0.
 
-    Of a model with one output, such as a reward model or a regression, it is that output.
+    Of a model with one output, such as a reward model, or of a regression, it is that output.
 
     :param model: A transformers model for sequence classification, in evaluation mode.
     :param tokenizer: Its tokenizer, with a padding token.
     :param label: The label: a name in ``model.config.label2id``, or its number.
-    :param int max_length: The most tokens of a text; by default what the tokenizer says.
+    :param int max_length: The most tokens of a text; by default what tokenizer and model can take.
     :param bool truncation: Whether longer texts are cut; otherwise they are an error.
     :param int chunk_size: The most texts per call of the model.
     :param options: Further options of :class:`~pyro_twist.rewards.Reward`, such as ``cache``.
-    :raises ValueError: If there is no such label, the model is in training mode or the tokenizer
-        cannot pad.
+    :raises ValueError: If there is no such label, the model is in training mode, or tokenizer or
+        model do not say what the padding is, which some models look for to find the end of a text.
 
     Example::
 
@@ -60,7 +62,8 @@ class SequenceClassifierReward(Reward):
         self._reader = _Reader(model, tokenizer, max_length, truncation)
         self.model = model
         self.label = _label_number(model.config, label)
-        options.setdefault("name", f"log-probability of {label!r}")
+        one = self.model.config.num_labels == 1 or _is_regression(self.model.config)
+        options.setdefault("name", f"{'output' if one else 'log-probability of'} {label!r}")
         super().__init__(self._values, input="list", chunk_size=chunk_size, **options)
 
     @classmethod
@@ -93,7 +96,7 @@ class SequenceClassifierReward(Reward):
     @torch.no_grad()
     def _values(self, texts: list[str]) -> Tensor:
         logits = self.model(**self._reader(texts)).logits.double()
-        if logits.shape[-1] > 1:
+        if logits.shape[-1] > 1 and not _is_regression(self.model.config):
             several = self.model.config.problem_type == "multi_label_classification"
             logits = functional.logsigmoid(logits) if several else logits.log_softmax(-1)
         return logits[:, self.label].cpu()
@@ -104,11 +107,12 @@ class CausalLMReward(Reward):
     The log-probability per token of a text under a causal language model, in nats; at most 0.
 
     A tokenizer with a token for the beginning of a text gets it put in front, and all tokens are
-    scored; without one, all but the first. The end of the text is not scored.
+    scored; without one, all but the first. The end of the text is not scored. A text without a
+    token to score, such as an empty one, counts as minus infinity.
 
     :param model: A transformers model for causal language modelling, in evaluation mode.
     :param tokenizer: Its tokenizer.
-    :param int max_length: The most tokens of a text; by default what the tokenizer says.
+    :param int max_length: The most tokens of a text; by default what tokenizer and model can take.
     :param bool truncation: Whether longer texts are cut; otherwise they are an error.
     :param int chunk_size: The most texts per call of the model.
     :param options: Further options of :class:`~pyro_twist.rewards.Reward`, such as ``cache``.
@@ -171,15 +175,15 @@ class CausalLMReward(Reward):
 
     @torch.no_grad()
     def _values(self, texts: list[str]) -> Tensor:
-        inputs = self._reader(texts)
+        ids = self._reader.ids(texts)
+        some = [place for place, row in enumerate(ids) if len(row) > 1]
+        values = torch.full((len(texts),), -math.inf, dtype=torch.float64)
+        if some:
+            values[some] = self._means(self._reader.padded([ids[place] for place in some]))
+        return values
+
+    def _means(self, inputs: dict[str, Tensor]) -> Tensor:
         ids, scored = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:].bool()
-        empty = (~scored.any(1)).nonzero()[:, 0]
-        if len(empty):
-            raise ValueError(
-                f"text {int(empty[0])}, {texts[int(empty[0])]!r}, has no token to score; leave "
-                "out texts that are empty, or of one token where the tokenizer has no token for "
-                "the beginning"
-            )
         logits = self.model(**inputs).logits[:, :-1].double()
         log_probs = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         return (log_probs.where(scored, 0.0).sum(1) / scored.sum(1)).cpu()
@@ -201,16 +205,20 @@ class _Reader:
         if not causal and tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
         self.model, self.tokenizer, self.causal = model, tokenizer, causal
-        self.max_length, self.truncation = max_length or tokenizer.model_max_length, truncation
-        if self.max_length < 1:
-            raise ValueError(f"max_length={max_length}; give 1 or more tokens")
+        self.padding = 0 if causal else _padding(model, tokenizer)
+        self.max_length, self.truncation = _max_length(max_length, model, tokenizer), truncation
 
     def __call__(self, texts: list[str]) -> dict[str, Tensor]:
-        ids = [self._ids(text, place) for place, text in enumerate(check_texts(texts))]
+        return self.padded(self.ids(texts))
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of texts."""
+        return [self._ids(text, place) for place, text in enumerate(check_texts(texts))]
+
+    def padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
+        """What the model takes."""
         length = max(map(len, ids))
-        # what stands in the padding is never looked at
-        padding = self.tokenizer.pad_token_id or 0
-        padded = torch.tensor([row + [padding] * (length - len(row)) for row in ids])
+        padded = torch.tensor([row + [self.padding] * (length - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
         device = self.model.device
         return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
@@ -238,11 +246,39 @@ class _Reader:
         return cut
 
 
+def _padding(model: Any, tokenizer: Any) -> int:
+    """The padding that the model knows: one of a decoder finds the end of a text by it."""
+    found = getattr(model.config, "pad_token_id", None)
+    if found is None:
+        raise ValueError(
+            f"the config of {type(model).__name__} does not say which token is the padding, by "
+            "which it may find the end of a text; set model.config.pad_token_id = "
+            f"{tokenizer.pad_token_id}, the tokenizer's"
+        )
+    return int(found)
+
+
+def _max_length(given: Any, model: Any, tokenizer: Any) -> int:
+    most = min(tokenizer.model_max_length, num_positions(model) or math.inf)
+    if given is None:
+        return int(most)
+    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= most:
+        raise ValueError(
+            f"max_length={given!r}; give a whole number of tokens from 1 to {most:g}, the most "
+            "that tokenizer and model can take, or leave it out"
+        )
+    return given
+
+
+def _is_regression(config: Any) -> bool:
+    return bool(config.problem_type == "regression")
+
+
 def _label_number(config: Any, label: str | int) -> int:
     names = {str(name): int(number) for number, name in config.id2label.items()}
-    if label in names:
-        return names[str(label)]
-    if isinstance(label, int) and 0 <= label < config.num_labels:
+    if isinstance(label, str) and label in names:
+        return names[label]
+    if type(label) is int and 0 <= label < config.num_labels:
         return label
     raise ValueError(f"label={label!r}; the model's labels are {', '.join(names)}")
 

@@ -13,6 +13,7 @@ log-twist is a function of the particle and of what it carries.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 import torch
@@ -25,9 +26,11 @@ __all__ = [
     "Completions",
     "check_completions",
     "draw_uniforms",
+    "only",
     "score_completions",
     "tilt_of",
     "tilt_value",
+    "tilted_completions",
 ]
 
 Completions = int | Literal["argmax"]
@@ -59,7 +62,7 @@ def check_completions(completions: Completions | None, model: Any) -> Completion
     return completions
 
 
-def draw_uniforms(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def draw_uniforms(shape: tuple[int, ...], device: torch.device, key: str = "") -> Tensor:
     """
     Uniform numbers in float64 that leave the random stream where it is.
 
@@ -68,12 +71,14 @@ def draw_uniforms(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
     :param tuple shape: The shape.
     :param torch.device device: Where to put them, and whose stream the seed is from.
+    :param str key: Whom they are for: those of another key at the same point are independent.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         seed = int(torch.randint(2**62, (), device=device))
     # mixed, since from the same seed the generator would repeat the stream
-    generator = torch.Generator().manual_seed((seed * _MIX + 1) % 2**63)
+    mixed = seed * _MIX + 1 + int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+    generator = torch.Generator().manual_seed(mixed % 2**63)
     return torch.rand(shape, generator=generator, dtype=torch.float64).to(device)
 
 
@@ -107,10 +112,22 @@ def _score(model: Any, state: Any, x0: Tensor, earlier: list[tuple[Tensor, Tenso
         value, todo = torch.where(same, its_value, value), todo & ~same
     if not todo.any():
         return value
-    # a copy of what is scored anyway takes the place of what is known: rewards score copies once
-    first = todo.long().argmax(0, keepdim=True)[..., None].expand_as(x0[:1])
-    filled = torch.where(todo[..., None], x0, x0.gather(0, first))
-    return torch.where(todo, log_potential(model, state, filled), value)
+    return torch.where(todo, log_potential(model, state, only(x0, todo)), value)
+
+
+def only(x0: Tensor, wanted: Tensor) -> Tensor:
+    """
+    Sequences with none but wanted ones, so that a reward, which scores copies once, does no more.
+
+    :param Tensor x0: Of shape ``(num_particles,) + ... + (length,)``.
+    :param Tensor wanted: Which of them, at least one, of shape ``(num_particles,) + ...``.
+    :returns: Of the shape of ``x0``; a wanted one of the same entry of the plate, or else of any,
+        takes the place of another.
+    """
+    first = wanted.long().argmax(0, keepdim=True)[..., None].expand_as(x0[:1])
+    anywhere = x0.reshape(-1, x0.shape[-1])[wanted.reshape(-1).long().argmax()]
+    filling = torch.where(wanted.any(0)[None, ..., None], x0.gather(0, first), anywhere)
+    return torch.where(wanted[..., None], x0, filling)
 
 
 def tilt_of(tokens: Tensor, eta: Tensor) -> Tensor:
@@ -126,6 +143,25 @@ def tilt_of(tokens: Tensor, eta: Tensor) -> Tensor:
     return eta[position.expand(tokens.shape), tokens]
 
 
+def tilted_completions(kernel: Unmasking, eta: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Completions under a tilt and :func:`tilt_value`, from one application of the output layer.
+
+    :param Unmasking kernel: The kernel at the current sequences, without a tilt.
+    :param Tensor eta: As for :func:`tilt_of`.
+    :param Tensor uniforms: As for :meth:`~pyro_twist.diffusion.unmasking.Unmasking.complete`.
+    :returns: Sequences of the shape of ``uniforms``, and values of the batch shape of the kernel.
+    """
+    completed, normalizer = kernel.complete_tilted(eta.to(kernel.tokens.device), uniforms)
+    return completed, _known_value(kernel, eta) + normalizer
+
+
+def _known_value(kernel: Unmasking, eta: Tensor) -> Tensor:
+    """The sum of the tilts of the tokens that are revealed."""
+    tokens = kernel.tokens
+    return torch.where(tokens == kernel.mask_token_id, 0.0, tilt_of(tokens, eta)).sum(-1)
+
+
 def tilt_value(kernel: Unmasking, eta: Tensor) -> Tensor:
     """
     The log of the mean of ``exp`` of the summed tilts, given what is revealed.
@@ -137,6 +173,4 @@ def tilt_value(kernel: Unmasking, eta: Tensor) -> Tensor:
     :param Tensor eta: As for :func:`tilt_of`.
     :returns: Of the batch shape of the kernel.
     """
-    tokens = kernel.tokens
-    known = torch.where(tokens == kernel.mask_token_id, 0.0, tilt_of(tokens, eta)).sum(-1)
-    return known + kernel.log_normalizer(eta.to(tokens.device))
+    return _known_value(kernel, eta) + kernel.log_normalizer(eta.to(kernel.tokens.device))

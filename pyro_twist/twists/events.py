@@ -151,8 +151,9 @@ def token_counts(passes: Sequence[Pass], vocab_size: int) -> Tensor:
 
 
 def likely_tokens(counts: Tensor, size: int) -> Tensor:
-    """At most ``size`` tokens, those that were revealed most often, in increasing order."""
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
+    """At most ``size`` tokens that were revealed, the most frequent, in increasing order."""
+    order = counts.argsort(descending=True, stable=True)[:size]
+    return order[counts[order] > 0].sort().values
 
 
 @dataclass(frozen=True)

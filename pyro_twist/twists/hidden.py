@@ -24,7 +24,7 @@ from pyro_twist.twists.events import (
 from pyro_twist.twists.learned import FittedTwist, WeightedDigest
 from pyro_twist.twists.paths import Pass, PathStep
 from pyro_twist.twists.tilting import tilt
-from pyro_twist.twists.tokens import check_masked
+from pyro_twist.twists.tokens import check_counts, check_masked
 
 __all__ = ["HiddenTilt"]
 
@@ -55,6 +55,7 @@ class HiddenTilt(FittedTwist):
     """
 
     reads = ("hidden", "logits")
+    optimises = True
     theta: torch.nn.Parameter
     tokens: Tensor
     centre: Tensor
@@ -66,11 +67,9 @@ class HiddenTilt(FittedTwist):
     ) -> None:
         super().__init__(model)
         check_masked(model, type(self).__name__)
-        if rank < 1 or ridge <= 0 or max_tokens < 1:
-            raise ValueError(
-                f"rank={rank}, ridge={ridge}, max_tokens={max_tokens}; give whole numbers of at "
-                "least 1 and a positive ridge"
-            )
+        check_counts(rank=rank, max_tokens=max_tokens)
+        if not ridge > 0:
+            raise ValueError(f"ridge={ridge}; give a positive number")
         self.rank, self.ridge, self.max_tokens = rank, ridge, max_tokens
         self.theta = torch.nn.Parameter(torch.zeros(rank + 1, rank, dtype=torch.float64))
         self.register_buffer("tokens", torch.arange(min(max_tokens, model.vocab_size)))
@@ -79,8 +78,8 @@ class HiddenTilt(FittedTwist):
         self.register_buffer("rows", _principal_rows(model, rank))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # the width of the hidden states is that of the saved fit
-        for name in ("centre", "directions"):
+        # the width of the hidden states and the number of tokens are those of the saved fit
+        for name in ("centre", "directions", "tokens"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -111,7 +110,7 @@ class HiddenTilt(FittedTwist):
         super().observe(passes)
         if self.max_tokens < self.model.vocab_size:
             counts = token_counts(passes, self.model.vocab_size)
-            self.tokens.copy_(likely_tokens(counts, self.max_tokens))
+            self.tokens = likely_tokens(counts, self.max_tokens).to(self.tokens.device)
         if not len(self.centre):
             steps = (step.restored() for one in passes for sites in one.steps for step in sites)
             self._set_directions([h for step in steps for h in _at_reveals(step)])
@@ -141,22 +140,17 @@ class HiddenTilt(FittedTwist):
         return digest.table.log_prob(digest.features @ theta @ rows[self.tokens].T)
 
     def solve(self, seen: Sequence[WeightedDigest], size: float) -> None:
-        """Maximises the likelihood by L-BFGS."""
+        """Maximises the likelihood by an optimiser."""
         table = joined([replace(one, digest=one.digest.table) for one in seen])
         features = torch.cat([one.digest.features for one in seen])
         rows = self.rows[self.tokens].to(features)
         theta = self.theta.detach().clone().to(features).requires_grad_()
-        optimizer = torch.optim.LBFGS([theta], max_iter=40, line_search_fn="strong_wolfe")
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
+        def loss() -> Tensor:
             prior = 0.5 * self.ridge / size * theta.square().sum()
-            loss: Tensor = prior - _likelihood(table, features @ theta @ rows.T)
-            loss.backward()
-            return loss
+            return prior - _likelihood(table, features @ theta @ rows.T)
 
-        with torch.enable_grad():
-            optimizer.step(closure)
+        self.minimise(loss, [theta], max_iterations=40)
         if theta.isfinite().all():
             self.theta.copy_(theta.detach())
 

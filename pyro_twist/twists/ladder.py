@@ -12,7 +12,7 @@ import torch
 
 from pyro_twist.twists.completions import tilt_of
 from pyro_twist.twists.learned import LearnedTwist
-from pyro_twist.twists.lookahead import LookaheadTwist, _floored
+from pyro_twist.twists.lookahead import LookaheadTwist, _below, _floored
 from pyro_twist.twists.paths import Pass
 
 __all__ = ["CalibratedLookahead", "DiscountedLookahead"]
@@ -40,6 +40,11 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
     def __init__(
         self, model: Any, *, shrinkage: float = 4.0, smoothing: float = 0.05, **options: Any
     ) -> None:
+        if "potential" in options:
+            raise ValueError(
+                f"potential={options['potential']!r} is for LookaheadTwist: {type(self).__name__} "
+                "multiplies the look-ahead by a slope, which is for potential='diff'; leave it out"
+            )
         super().__init__(model, "diff", **options)
         self.shrinkage, self.smoothing = shrinkage, smoothing
         ones = torch.ones(len(model.timesteps) + 1, dtype=torch.float64)
@@ -50,14 +55,9 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
         """The look-ahead."""
         return self._values() if self._under == (None,) else self.state_keys()[:-1]
 
-    def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`~pyro_twist.twists.Twist.log_twist`."""
-        now = self.time_after(t)
-        if now in self.schedule:
-            self._look(state, now)
-            sloped = self._sloped(state[self.key], self.slopes[now])
-            state[f"{self.key}_log_twist"] = sloped + self._explained(state, now)
-        return state.get(f"{self.key}_log_twist", 0.0)
+    def _look(self, state: Any, now: int, completed: torch.Tensor | None) -> None:
+        super()._look(state, now, completed)
+        state[f"{self.key}_log_twist"] = self._sloped(state[self.key], self.slopes[now])
 
     def _sloped(self, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
         """Sloped where the reward is known; what a prediction forbids stays as far below."""
@@ -66,7 +66,7 @@ class CalibratedLookahead(LookaheadTwist, LearnedTwist):
 
     def _forbidden(self, value: torch.Tensor) -> torch.Tensor:
         """Which look-aheads were minus infinity: they were put exactly so far below the best."""
-        return value == value.amax(0) - self.floor
+        return value == _below(value.amax(0), self.floor)
 
     def observe(self, passes: Sequence[Pass]) -> None:
         """Regresses terminal log-potentials on look-aheads."""
@@ -189,9 +189,20 @@ class DiscountedLookahead(CalibratedLookahead):
         self.follows = (self.key,) if self.completions is None else ()
         self.register_buffer("exponent", torch.tensor(exponent, dtype=torch.float64))
         self.register_buffer("variance", torch.tensor(variance, dtype=torch.float64))
-        self.slopes.copy_(self._slopes(self._known(), self.exponent))
+        # one for each entry of the plate where they know different shares
+        self.slopes = self._slopes(self._known(), self.exponent)
         #: The slopes before learning.
         self.slopes_before = self.slopes.clone()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # slopes follow from the exponent: those that are saved may be of other prompts
+        slopes, exponent = (state_dict.get(prefix + name) for name in ("slopes", "exponent"))
+        if slopes is not None and exponent is not None and len(slopes) == len(self.slopes):
+            state_dict[prefix + "slopes"] = self._slopes_of(slopes, exponent)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _slopes_of(self, saved: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+        return saved if saved.shape == self.slopes.shape else self._slopes(self._known(), exponent)
 
     def _first_exponent(self) -> float:
         if self.completions is None:
@@ -199,7 +210,7 @@ class DiscountedLookahead(CalibratedLookahead):
         return 1.2 if self.completions == "argmax" else 1.5
 
     def _known(self) -> torch.Tensor:
-        """The share that is known of the data at every time, from 0."""
+        """The share known of the data at every time, from 0, and of every entry of a plate."""
         given = (self.variance.cpu(),) if self.completions is None else ()
         return self.model.known_share(*given).cpu().double().clamp(min=1e-12)
 
@@ -247,20 +258,26 @@ class DiscountedLookahead(CalibratedLookahead):
         found = [row for one in passes for row in self._to_end(one)]
         if not found:
             return torch.zeros_like(grid)
-        t, share, cross, spread, noise = torch.tensor(found, dtype=torch.float64).T
-        slope = self._slopes(self._known()[t.long()][:, None], grid)
+        known, *columns = torch.tensor(found, dtype=torch.float64).T
+        share, cross, spread, noise = columns
+        slope = self._slopes(known[:, None], grid)
         explained = 2 * slope * cross[:, None] - slope.square() * spread[:, None]
         noise = (share * (spread + noise)).sum() / (2 * share.sum())
         return 0.5 * _LOOKS * (share[:, None] * explained).sum(0) / noise.clamp(min=1e-12)
 
     def _to_end(self, one: Pass) -> Iterator[tuple[float, ...]]:
-        """For every look at a population its time, how much it counts, and moments with the end."""
-        weights, looks = _base_weights(one), list(self._lineage_looks(one))
+        """
+        For every look at a population the share that is known, how much it counts, and moments with
+        the end.
+        """
+        weights, looks, known = _base_weights(one), list(self._lineage_looks(one)), self._known()
         for t, guess, lineage in looks:
             size = _num_ancestors(weights, lineage) / len(looks)
             columns = (size, *_moments(guess, self._end(one, t), weights))
-            for row in zip(*(column.flatten().tolist() for column in columns), strict=True):
-                yield (t, *row)
+            share = known[t] if known[t].dim() <= size.dim() else known[t].mean()
+            shares = share.expand(size.shape)
+            found = (column.flatten().tolist() for column in (shares, *columns))
+            yield from zip(*found, strict=True)
 
     def _consecutive(self, one: Pass) -> Iterator[_Pair]:
         """Look-aheads before and after each step, less the mean of the population."""

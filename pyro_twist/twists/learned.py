@@ -21,6 +21,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_twist.twists.minimise import Minimiser
 from pyro_twist.twists.paths import Pass, Paths, PathStep
 from pyro_twist.twists.statistics import (
     Quadratic,
@@ -42,6 +43,7 @@ __all__ = [
     "learned_parts",
     "linear_part",
     "log_likelihood",
+    "optimised_parts",
     "trained_parts",
 ]
 
@@ -243,6 +245,12 @@ class FittedTwist(LearnedTwist):
     :param model: The model that the twist looks ahead in.
     """
 
+    #: Whether :meth:`solve` uses :attr:`minimise`.
+    optimises: bool = False
+
+    #: What a fit that needs an optimiser calls, as the user of :func:`fit_likelihood` has chosen.
+    minimise: Minimiser = Minimiser()
+
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         #: The digests of recorded steps by the values drawn, with the whole twist they are for.
@@ -306,6 +314,14 @@ def trained_parts(twist: Any) -> list[LearnedTwist]:
     """Those learned parts that have parameters to fit."""
     parts = learned_parts(twist)
     return [part for part in parts if any(p.requires_grad for p in part.parameters())]
+
+
+def optimised_parts(twist: Any) -> list[LearnedTwist]:
+    """Those trained parts that an optimiser is needed for."""
+    parts = trained_parts(twist)
+    if len(parts) == 1 and isinstance(parts[0], LinearTwist):
+        return []
+    return [part for part in parts if not isinstance(part, FittedTwist) or part.optimises]
 
 
 def linear_part(twist: Any) -> LinearTwist | None:
@@ -467,18 +483,24 @@ def log_likelihood(twist: Any, batches: Sequence[Paths | Quadratic]) -> float:
 
 
 def fit_likelihood(
-    twist: Any, batches: Sequence[Paths | Quadratic], *, max_iterations: int = 60
+    twist: Any,
+    batches: Sequence[Paths | Quadratic],
+    *,
+    max_iterations: int = 60,
+    minimise: Minimiser | None = None,
 ) -> None:
     """
     Moves the parameters of a twist to the highest weighted likelihood of whole paths.
 
     Neither model nor reward is evaluated. A single linear part is solved for, parts that fit
-    themselves do so one after the other, and everything else is left to L-BFGS.
+    themselves do so one after the other, and everything else is left to an optimiser.
 
     :param Twist twist: The twist, changed in place.
     :param list batches: Weighted paths, or for a twist with a :func:`linear_part` their sums.
-    :param int max_iterations: Of the optimiser.
+    :param int max_iterations: Of L-BFGS.
+    :param ~pyro_twist.twists.minimise.Minimiser minimise: The optimiser; by default L-BFGS.
     """
+    minimise = minimise or Minimiser()
     trained = trained_parts(twist)
     if len(trained) == 1 and isinstance(trained[0], LinearTwist):
         linear = trained[0]
@@ -489,36 +511,41 @@ def fit_likelihood(
         paths = [one for one in batches if isinstance(one, Paths)]
         fitted = [part for part in trained if isinstance(part, FittedTwist)]
         for one in fitted:
+            one.minimise = minimise
             _fit_itself(twist, one, paths)
         rest = [part for part in trained if not isinstance(part, FittedTwist)]
         if rest:
-            _optimise(twist, rest, paths, max_iterations)
+            _optimise(twist, rest, paths, minimise, max_iterations)
     for part in trained:
         with torch.no_grad():
             part.constrain()
 
 
 def _optimise(
-    twist: Any, parts: Sequence[LearnedTwist], batches: Sequence[Paths], max_iterations: int
+    twist: Any,
+    parts: Sequence[LearnedTwist],
+    batches: Sequence[Paths],
+    minimise: Minimiser,
+    max_iterations: int,
 ) -> None:
     parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
     start = parameters_to_vector(parameters).detach().clone()
     offset = _base_score(twist, parameters, batches)
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=max_iterations, line_search_fn="strong_wolfe", history_size=20
-    )
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
+    def loss() -> torch.Tensor:
         likelihood = sum(paths.log_likelihood(twist) for paths in batches)
         penalty = sum(part.penalty() for part in parts)
         moved = parameters_to_vector(parameters) - start
-        loss = penalty - likelihood + (offset * moved).sum()
-        loss.backward()
-        return loss
+        value: torch.Tensor = penalty - likelihood + (offset * moved).sum()
+        return value
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    try:
+        minimise(loss, parameters, max_iterations)
+    except RuntimeError as error:
+        # a likelihood without a maximum: a step beyond what the parameters' dtype can hold
+        if "overflow" not in str(error):
+            raise
+        vector_to_parameters(start, parameters)
     if not torch.isfinite(parameters_to_vector(parameters)).all():
         vector_to_parameters(start, parameters)
 

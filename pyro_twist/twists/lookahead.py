@@ -19,10 +19,11 @@ from pyro_twist.twists.completions import (
     score_completions,
     tilt_of,
     tilt_value,
+    tilted_completions,
 )
 from pyro_twist.twists.twist import Twist
 
-__all__ = ["LookaheadTwist", "Potential"]
+__all__ = ["LookaheadTwist", "Potential", "check_tilted"]
 
 Potential = Literal["diff", "max", "sum", "rt"]
 
@@ -66,7 +67,8 @@ class LookaheadTwist(Twist):
         \\log \\psi_t = \\eta(x_t) + \\log Z_\\eta(x_t) + \\ell_t, \\qquad
         \\ell_t = \\log \\frac{1}{J} \\sum_j \\exp(r(c_j) - \\eta(c_j))
 
-    so that the look-ahead is only about what the tilt does not explain.
+    so that the look-ahead is only about what the tilt does not explain. The first two terms are
+    those of the state at every step, whether it is looked ahead from or not.
 
     :param model: A model with ``terminal``, such as :class:`~pyro_twist.rewards.RewardTilted`.
     :param str potential: ``"diff"``, ``"rt"``, ``"max"`` or ``"sum"``.
@@ -74,13 +76,15 @@ class LookaheadTwist(Twist):
     :param schedule: The states ``t`` at which to look ahead instead, as a collection of time
         indices; ``T`` is the initial state, 1 the last before the end. Steps outside apply no
         factor, cost no reward call, and leave the twist as it was.
-    :param float floor: How many nats below the best particle a look-ahead of minus infinity is.
+    :param float floor: How many nats below the best particle a look-ahead of minus infinity is; at
+        least 0.
     :param str key: The entry of the state for the latest look-ahead; more begin with it.
     :param completions: For models with a method ``complete``: how many sampled completions to
         score at every look, 1 by default, or ``"argmax"`` for one of the likeliest tokens.
     :param under: The tilt that completions are drawn under, a part of the same sum such as
-        :class:`~pyro_twist.twists.TokenTilt`; it has a method ``eta(t)``.
-    :raises ValueError: If the model has no ``terminal``, or an option is out of range.
+        :class:`~pyro_twist.twists.TokenTilt`; it has a method ``eta(t)``, and not ``value=True``,
+        since its value is counted here.
+    :raises ValueError: If the model has no terminal potential, or an option is out of range.
 
     **References**
 
@@ -104,17 +108,20 @@ class LookaheadTwist(Twist):
         super().__init__(model)
         if potential not in get_args(Potential):
             raise ValueError(f"potential={potential!r}; choose one of {get_args(Potential)}")
-        if every < 1:
-            raise ValueError(f"every={every}; give a whole number of steps, 1 or more")
-        if not hasattr(model, "terminal"):
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every={every!r}; give a whole number of steps, 1 or more")
+        if not isinstance(floor, (int, float)) or not 0 <= floor < math.inf:
             raise ValueError(
-                f"{type(model).__name__} has no method `terminal`, so there is nothing to look "
-                "ahead to. Wrap it: RewardTilted(model, reward)."
+                f"floor={floor!r}; give a finite number of nats, 0 or more: a look-ahead of minus "
+                "infinity counts as so far below the best. Try floor=3.0."
             )
+        check_tilted(model, "look ahead to")
         self.potential = potential
         self.floor, self.key = floor, key
         self.schedule = _check_schedule(schedule, every, model.timesteps)
         self.completions = check_completions(completions, model)
+        if under is not None:
+            _check_under(under, model)
         if under is not None and (potential != "diff" or not isinstance(self.completions, int)):
             raise ValueError(
                 f"under={type(under).__name__} is for sampled completions and potential='diff', "
@@ -126,12 +133,17 @@ class LookaheadTwist(Twist):
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`Twist.log_twist`; keeps its running sums in ``state``."""
         now = self.time_after(t)
-        if now in self.schedule:
-            self._look(state, now)
-        return state.get(f"{self.key}_log_twist", 0.0)
+        eta = self._eta(now)
+        if now not in self.schedule:
+            explained = None if eta is None else tilt_value(self.model.kernel(state, now), eta)
+        else:
+            completed, explained = self._complete(state, now, eta)
+            self._look(state, now, completed)
+        looked = state.get(f"{self.key}_log_twist", 0.0)
+        return looked if explained is None else looked + explained
 
     def state_keys(self) -> tuple[str, ...]:
-        """The latest look-ahead, when it was made, the log-twist, and what completions need."""
+        """The latest look-ahead, its time, the log-twist without that of ``under``, completions."""
         if self.completions is None:
             return self._values()
         drawn = () if self.completions == "argmax" else (f"{self.key}_uniforms",)
@@ -140,9 +152,9 @@ class LookaheadTwist(Twist):
     def _values(self) -> tuple[str, str, str]:
         return (self.key, f"{self.key}_time", f"{self.key}_log_twist")
 
-    def _look(self, state: Any, now: int) -> None:
+    def _look(self, state: Any, now: int, completed: torch.Tensor | None) -> None:
         key, time, log_twist = self._values()
-        value = _floored(self._potential_ahead(state, now), self.floor)
+        value = _floored(self._potential_ahead(state, now, completed), self.floor)
         if self.potential == "max" and key in state:
             value = torch.maximum(value, state[key])
         if self.potential == "sum" and key in state:
@@ -151,24 +163,22 @@ class LookaheadTwist(Twist):
         state[time] = torch.full_like(value, now)
         if self.potential != "diff" and log_twist in state:
             value = value + state[log_twist]
-        state[log_twist] = value + self._explained(state, now)
+        state[log_twist] = value
 
     def _eta(self, now: int) -> torch.Tensor | None:
         """The tilt that completions are drawn under; ``None`` where there is none."""
         [under] = self._under
         return None if under is None else under.eta(now)
 
-    def _explained(self, state: Any, now: int) -> torch.Tensor | float:
-        eta = self._eta(now)
-        return 0.0 if eta is None else tilt_value(self.model.kernel(state, now), eta)
-
-    def _potential_ahead(self, state: Any, now: int) -> torch.Tensor:
+    def _potential_ahead(
+        self, state: Any, now: int, completed: torch.Tensor | None
+    ) -> torch.Tensor:
         """The log-potential of the prediction, or the log-mean of those of completions."""
-        if self.completions is None:
+        if completed is None:
             return log_potential(self.model, state, state["x0_hat"])
         tokens, potentials = f"{self.key}_completions", f"{self.key}_potentials"
         known = (state[tokens], state[potentials]) if tokens in state else None
-        state[tokens] = self._complete(state, now)
+        state[tokens] = completed
         state[potentials] = score_completions(self.model, state, state[tokens], known)
         return self._mean_potential(state[tokens], state[potentials], now)
 
@@ -181,25 +191,86 @@ class LookaheadTwist(Twist):
             potentials = potentials - tilt_of(tokens, eta).sum(-1)
         return potentials.logsumexp(-1) - math.log(potentials.shape[-1])
 
-    def _complete(self, state: Any, now: int) -> torch.Tensor:
-        """Completions of the state, of shape ``batch_shape + (num_completions, length)``."""
-        if not isinstance(self.completions, int):
-            return self.model.complete(state)[..., None, :]
-        name, x, eta = f"{self.key}_uniforms", state["x"], self._eta(now)
+    def _complete(
+        self, state: Any, now: int, eta: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Completions of the state, of shape ``batch_shape + (num_completions, length)``, and what a
+        tilt explains; ``None`` where there is none.
+        """
+        if self.completions is None:
+            return None, None
+        if self.completions == "argmax":
+            return self.model.complete(state)[..., None, :], None
+        uniforms = self._uniforms(state).movedim(-2, 0)
+        if eta is None:
+            return self.model.complete(state, uniforms).movedim(0, -2), None
+        completed, explained = tilted_completions(self.model.kernel(state, now), eta, uniforms)
+        return completed.movedim(0, -2), explained
+
+    def _uniforms(self, state: Any) -> torch.Tensor:
+        """The random numbers of the particles, drawn when they are first wanted."""
+        name, x = f"{self.key}_uniforms", state["x"]
         if name not in state:
             shape = (*x.shape[:-1], self.completions, x.shape[-1])
-            state[name] = draw_uniforms(shape, x.device)
-        uniforms = state[name].movedim(-2, 0)
-        if eta is None:
-            return self.model.complete(state, uniforms).movedim(0, -2)
-        return self.model.kernel(state, now).tilted(eta).complete(uniforms).movedim(0, -2)
+            state[name] = draw_uniforms(shape, x.device, self.key)
+        found: torch.Tensor = state[name]
+        return found
 
 
-def _check_schedule(
-    schedule: Collection[int] | None, every: int, timesteps: tuple[int, ...]
-) -> frozenset[int]:
+def check_tilted(model: Any, purpose: str) -> None:
+    """
+    Refuses models without a terminal potential.
+
+    :param model: The model.
+    :param str purpose: What the potential is for, such as ``"look ahead to"``.
+    :raises ValueError: If it has no ``terminal``, or only that of a diffusion model, which is
+        empty.
+    """
+    terminal = getattr(model, "terminal", None)
+    if terminal is None:
+        raise ValueError(
+            f"{type(model).__name__} has no method `terminal`, so there is nothing to {purpose}. "
+            "Wrap it: RewardTilted(model, reward)."
+        )
+    if str(getattr(terminal, "__module__", "")).startswith("pyro_twist.diffusion"):
+        raise ValueError(
+            f"{type(model).__name__} has no reward or other terminal potential, so there is "
+            f"nothing to {purpose}. Wrap it: RewardTilted(model, reward)."
+        )
+
+
+def _check_under(under: Any, model: Any) -> None:
+    if not callable(getattr(under, "eta", None)):
+        raise ValueError(
+            f"under={under if isinstance(under, (int, float, str)) else type(under).__name__} has "
+            "no method `eta(t)`, the tilt of tokens at a time; give a TokenTilt or TokenSurrogate "
+            "that is also a part of the sum"
+        )
+    if getattr(under, "value", False):
+        raise ValueError(
+            f"under={type(under).__name__} has value=True, but the look-ahead counts its value as "
+            "well; make it with value=False"
+        )
+    sizes = [getattr(one, "vocab_size", None) for one in (getattr(under, "model", None), model)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"under={type(under).__name__} is for a model of {sizes[0]} tokens, this one has "
+            f"{sizes[1]}; make it for the same model"
+        )
+
+
+def _check_schedule(schedule: Any, every: int, timesteps: tuple[int, ...]) -> frozenset[int]:
     if schedule is None:
         return frozenset(timesteps[::every])
+    if isinstance(schedule, str) or not isinstance(schedule, Collection) or not len(schedule):
+        raise ValueError(
+            f"schedule={schedule!r}; give a collection of at least one state to look ahead at, "
+            f"from {timesteps[0]} (the initial state) to {timesteps[-1]}. To look at none, leave "
+            "the look-ahead out."
+        )
+    if every != 1:
+        raise ValueError(f"every={every} and schedule={schedule!r} are alternatives; give one")
     unknown = sorted(set(schedule) - set(timesteps))
     if unknown:
         raise ValueError(
@@ -213,4 +284,9 @@ def _floored(value: torch.Tensor, floor: float) -> torch.Tensor:
     """Replaces minus infinity by ``floor`` below the best value of the population."""
     best = value.amax(0, keepdim=True)
     best = torch.where(best == -math.inf, torch.zeros_like(best), best)
-    return torch.where(value == -math.inf, best - floor, value)
+    return torch.where(value == -math.inf, _below(best, floor), value)
+
+
+def _below(best: torch.Tensor, floor: float) -> torch.Tensor:
+    """What stands for minus infinity: no value that a reward of whole numbers would have."""
+    return torch.nextafter(best - floor, best.new_full((), -math.inf))

@@ -26,7 +26,7 @@ from pyro_twist.twists.paths import Pass, PathStep
 from pyro_twist.twists.regression import KernelRidge
 from pyro_twist.twists.surrogate import _hat, _roots, _time
 from pyro_twist.twists.tilting import tilt
-from pyro_twist.twists.tokens import check_masked
+from pyro_twist.twists.tokens import check_counts, check_masked
 
 __all__ = ["TokenSurrogate"]
 
@@ -79,10 +79,10 @@ class TokenSurrogate(FittedTwist):
     ) -> None:
         super().__init__(model)
         check_masked(model, type(self).__name__)
-        if knots < 1 or cap <= 0 or ridge < 0 or max_tokens < 1:
+        check_counts(knots=knots, max_tokens=max_tokens)
+        if not cap > 0 or not ridge >= 0:
             raise ValueError(
-                f"knots={knots}, cap={cap}, ridge={ridge}, max_tokens={max_tokens}; give whole "
-                "numbers of at least 1, a positive cap, and a ridge of at least 0"
+                f"cap={cap}, ridge={ridge}; give a positive cap, and a ridge of at least 0"
             )
         if embedding is not None and embedding.shape[:1] != (model.vocab_size,):
             raise ValueError(

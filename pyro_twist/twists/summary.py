@@ -17,13 +17,18 @@ from typing import Any
 
 import torch
 
+from pyro_twist.twists import sequences
 from pyro_twist.twists.families import ShiftTwist
+from pyro_twist.twists.hidden import HiddenTilt
 from pyro_twist.twists.ladder import CalibratedLookahead, DiscountedLookahead
+from pyro_twist.twists.sequences import TokenSurrogate
 from pyro_twist.twists.surrogate import _MAX_GAIN, SurrogateTwist, _hat
+from pyro_twist.twists.tokens import TokenTilt
 
-__all__ = ["Curve", "Direction", "Panel", "summarise"]
+__all__ = ["Curve", "Direction", "Panel", "Ranking", "summarise"]
 
 PUSH = 0.5
+LISTED = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +75,23 @@ class Direction(Panel):
     change: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Ranking(Panel):
+    """
+    What is favoured most and what is avoided most, the most favoured first.
+
+    :param names: What is ranked, such as tokens.
+    :param values: A number for each, falling.
+    :param str kind: What the names are.
+    :param str label: What the numbers are.
+    """
+
+    names: Sequence[str]
+    values: Sequence[float]
+    kind: str
+    label: str
+
+
 @singledispatch
 def summarise(twist: Any, at: torch.Tensor | None = None) -> list[Panel]:
     """
@@ -111,9 +133,10 @@ def _slopes(twist: CalibratedLookahead, text: str, before: torch.Tensor) -> Curv
         "How far an early look is trusted",
         text,
         steps=[twist.model.timesteps[0] - t for t in times],
-        values=[float(twist.slopes[t]) for t in times],
+        # those of several prompts are about alike
+        values=[float(twist.slopes[t].mean()) for t in times],
         label="slope",
-        reference=[float(before[t]) for t in times],
+        reference=[float(before[t].mean()) for t in times],
     )
 
 
@@ -204,3 +227,92 @@ def _(twist: ShiftTwist, at: torch.Tensor | None = None) -> list[Panel]:
         reference=0.0,
     )
     return [curve]
+
+
+# tilts of tokens
+
+_TOKENS = "Which tokens it favours"
+_NOTHING = "None: nothing has been learned yet, so that tokens are drawn as the network has them."
+_ODDS = (
+    "The odds of a token are multiplied by the number beside it, against those of a token that is "
+    "left alone, wherever one is revealed. Those moved most:"
+)
+
+
+@summarise.register
+def _(twist: TokenTilt, at: torch.Tensor | None = None) -> list[Panel]:
+    return [_ranking(twist, twist.theta.detach(), f"It tilts {len(twist.tokens)} tokens. {_ODDS}")]
+
+
+@summarise.register
+def _(twist: TokenSurrogate, at: torch.Tensor | None = None) -> list[Panel]:
+    eta = twist.beta * twist.theta.detach().mean().to(twist.beta)
+    text = (
+        "A regression on which tokens occur in what was scored stands in for the reward. On what "
+        f"it had not seen it explains {max(0.0, twist.score):.0%} of the differences. {_ODDS}"
+    )
+    panels: list[Panel] = [_ranking(twist, eta, text)]
+    if twist.beta.any() and twist.knots > 1:
+        panels.append(_token_gains(twist))
+    return panels
+
+
+@summarise.register
+def _(twist: HiddenTilt, at: torch.Tensor | None = None) -> list[Panel]:
+    mean = torch.zeros(1, twist.model.vocab_size, dtype=torch.float64)
+    theta, rows = twist.theta.detach().cpu(), twist.rows.cpu()
+    mean[0, twist.tokens.cpu()] = rows[twist.tokens.cpu()] @ theta[-1]
+    text = (
+        "It depends on what the network knows of a place in the sequence; this is what it does "
+        f"where that is the usual. {_ODDS}"
+    )
+    return [_ranking(twist, mean, text)]
+
+
+def _token_gains(twist: TokenSurrogate) -> Curve:
+    times = twist.model.timesteps
+    return Curve(
+        "How hard it pushes",
+        "By how much the logarithms of these odds are multiplied, from 0, none, over 1, as much as "
+        f"the regression asks for, to {sequences._MAX_GAIN:g}.",
+        steps=[times[0] - t + 1 for t in times],
+        values=[float(twist._shares(t - 1) @ twist.theta.detach()) for t in times],
+        label="gain",
+        reference=0.0,
+    )
+
+
+def _ranking(twist: Any, eta: torch.Tensor, text: str) -> Panel:
+    """The largest and smallest tilts, of shape ``(1 or length, vocab_size)``, as odds."""
+    eta = eta.detach().cpu().double()
+    flat = eta.reshape(-1)
+    order = flat.argsort(descending=True, stable=True)
+    favoured = [int(i) for i in order[:LISTED] if flat[i] > 0]
+    avoided = [int(i) for i in order[-LISTED:] if flat[i] < 0]
+    if not favoured and not avoided:
+        return Panel(_TOKENS, _NOTHING)
+    names = _token_names(twist.model)
+    places = favoured + avoided
+    return Ranking(
+        _TOKENS,
+        text,
+        names=[_place_name(i, eta.shape, names) for i in places],
+        values=[float(flat[i].exp()) for i in places],
+        kind="token" if len(eta) == 1 else "token and position",
+        label="odds",
+    )
+
+
+def _place_name(place: int, shape: torch.Size, names: Any) -> str:
+    position, token = divmod(place, shape[1])
+    return str(names(token)) + ("" if shape[0] == 1 else f" at {position}")
+
+
+def _token_names(model: Any) -> Any:
+    """A function of a token to its name, from the tokenizer or vocabulary of the decoder."""
+    decoder = getattr(model, "decoder", None)
+    convert = getattr(getattr(decoder, "tokenizer", None), "convert_ids_to_tokens", None)
+    if convert is not None:
+        return convert
+    vocabulary = getattr(getattr(decoder, "__self__", None), "vocabulary", None)
+    return (lambda token: f"token {token}") if vocabulary is None else vocabulary.__getitem__

@@ -25,7 +25,7 @@ from pyro_twist.twists.learned import FittedTwist, WeightedDigest
 from pyro_twist.twists.paths import Pass, PathStep
 from pyro_twist.twists.tilting import tilt
 
-__all__ = ["TokenTilt", "check_masked"]
+__all__ = ["TokenTilt", "check_counts", "check_masked"]
 
 Per = Literal["token", "position"]
 
@@ -77,10 +77,11 @@ class TokenTilt(FittedTwist):
     ) -> None:
         super().__init__(model)
         check_masked(model, type(self).__name__)
-        if per not in get_args(Per) or pseudo_count <= 0 or max_tokens < 1:
+        check_counts(max_tokens=max_tokens)
+        if per not in get_args(Per) or not pseudo_count > 0:
             raise ValueError(
-                f"per={per!r}, pseudo_count={pseudo_count}, max_tokens={max_tokens}; give one of "
-                f"{get_args(Per)}, a positive number, and a whole number of at least 1"
+                f"per={per!r}, pseudo_count={pseudo_count}; give one of {get_args(Per)}, and a "
+                "positive number"
             )
         self.per, self.pseudo_count = per, pseudo_count
         self.max_tokens, self.value = max_tokens, value
@@ -112,6 +113,12 @@ class TokenTilt(FittedTwist):
         """
         return self.theta.detach() if self.theta.any() else None
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # the number of tokens is that of the saved fit
+        if prefix + "tokens" in state_dict:
+            self.tokens = torch.empty_like(state_dict[prefix + "tokens"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # learning
 
     def observe(self, passes: Sequence[Pass]) -> None:
@@ -119,7 +126,7 @@ class TokenTilt(FittedTwist):
         super().observe(passes)
         if self.max_tokens < self.model.vocab_size:
             counts = token_counts(passes, self.model.vocab_size)
-            self.tokens.copy_(likely_tokens(counts, self.max_tokens))
+            self.tokens = likely_tokens(counts, self.max_tokens).to(self.tokens.device)
             # what is not tilted any more must not be proposed as if it were
             others = torch.ones(self.model.vocab_size, dtype=torch.bool, device=self.theta.device)
             others[self.tokens] = False
@@ -162,6 +169,13 @@ def _expected(table: JoinedTables, group: Tensor, eta: Tensor) -> Tensor:
     total = 1 + (table.probs * torch.expm1(eta)[group]).sum(1)
     terms = (table.weights / total)[:, None] * table.probs
     return eta.exp() * torch.zeros_like(eta).index_add_(0, group, terms)
+
+
+def check_counts(**given: Any) -> None:
+    """Refuses what is no whole number of at least 1, by name."""
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}; give a whole number, 1 or more")
 
 
 def check_masked(model: Any, name: str) -> None:

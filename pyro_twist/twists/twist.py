@@ -104,8 +104,9 @@ class Twist(GuideMessenger, PyroModule, metaclass=_TwistMeta):
 
         A family of one's own overrides this and returns any of
         :class:`~pyro_twist.twists.summary.Panel`, words alone,
-        :class:`~pyro_twist.twists.summary.Curve`, a number for each step, and
-        :class:`~pyro_twist.twists.summary.Direction`, a push of samples.
+        :class:`~pyro_twist.twists.summary.Curve`, a number for each step,
+        :class:`~pyro_twist.twists.summary.Direction`, a push of samples, and
+        :class:`~pyro_twist.twists.summary.Ranking`, what is favoured and what is avoided.
 
         :param torch.Tensor at: Samples to describe a push at, such as the mean of each class, of
             shape ``(num_places,) + event_shape``; by default a place of the twist's own.

@@ -92,7 +92,8 @@ def test_remasking_keeps_the_share_of_masks() -> None:
 @pytest.mark.parametrize("length, vocab_size", [(1, 2), (3, 2), (1, 4)])
 @pytest.mark.parametrize("unmasking", ["ancestral", "uniform"])
 def test_smallest_cases(length: int, vocab_size: int, unmasking: str) -> None:
-    chain = MaskedChain(length, vocab_size, 0, unmasking=unmasking, num_inference_steps=2)
+    steps = {"num_inference_steps": 2} if unmasking == "ancestral" else {}
+    chain = MaskedChain(length, vocab_size, 0, unmasking=unmasking, **steps)
     path = sample_path(chain.diffusion, 20_000)
     assert (path[-1] != 0).all()
     counts = torch.bincount(chain.index(path[-1]), minlength=chain.size)
@@ -274,7 +275,15 @@ def test_known_share() -> None:
     model = MaskedDiffusion(
         denoiser, 4, 4, 3, unmasking="uniform", group_size=2, prompt=prompt, plate=("prompts", 2)
     )
-    assert model.known_share().tolist() == [1.0, 0.75, 0.0]
+    # the second is known after one step of the two
+    assert model.known_share().tolist() == [[1.0, 1.0], [0.5, 1.0], [0.0, 0.0]]
+    alike = MaskedDiffusion(denoiser, 4, 4, 3, unmasking="uniform", group_size=3)
+    assert alike.known_share().tolist() == [1.0, 0.75, 0.0]
+    prompt[1] = 0
+    share = MaskedDiffusion(
+        denoiser, 4, 4, 3, unmasking="uniform", prompt=prompt, plate=("prompts", 2)
+    ).known_share()
+    assert share[:, 1].tolist() == [1.0] * 5, "nothing is to be found out of what is given"
     model = MaskedDiffusion(denoiser, 4, 4, 3, schedule="cosine", num_inference_steps=2)
     assert model.known_share().tolist() == pytest.approx([1.0, 1 - math.sqrt(0.5), 0.0])
     scheduler = DDPMScheduler()
@@ -338,6 +347,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"forbidden_token_ids": (0, 7)}, "forbidden_token_ids has 7; tokens are 0 to 3"),
     ({"forbidden_token_ids": (0, 1, 2)}, "leave one that can be drawn"),
     ({"head": "decoder"}, "is no torch.nn.Module"),
+    ({"forbidden_token_ids": 3}, "forbidden_token_ids=3; give a collection of tokens"),
+    ({"mask_token_id": 3.0}, "mask_token_id=3.0 is no token"),
+    ({"num_inference_steps": 4.5}, "num_inference_steps=4.5; give a whole number of steps"),
+    ({"prompt": "hello"}, "prompt='hello' is no tensor of tokens; encode it with the model's"),
+    ({"prompt": torch.ones(3, dtype=torch.bool)}, "dtype torch.bool"),
+    ({"plate": "p"}, r"plate='p'; give name and size of a plate.*such as \('prompts', 8\)"),
+    ({"plate": (3, "p")}, r"plate=\(3, 'p'\)"),
+    ({"plate": ("p", 0)}, r"plate=\('p', 0\)"),
+    ({"remasking": 0.1}, r"remasking=0.1; give \('capped', eta\) or"),
+    ({"remasking": ("capped", "much")}, "give .'capped', eta. or"),
+    ({"schedule": 3}, "schedule=3; choose linear, cosine, log-linear"),
+    ({"temperature": "hot"}, "temperature='hot' is not a positive number"),
+    # options that would be ignored
+    ({"group_size": 2}, "group_size=2 goes with unmasking='uniform' only"),
+    (
+        {"unmasking": "uniform", "num_inference_steps": 8},
+        "num_inference_steps=8 goes with unmasking='ancestral' only.*choose group_size",
+    ),
+    ({"unmasking": "uniform", "schedule": "cosine"}, "schedule='cosine' goes with"),
 ]
 
 
@@ -354,6 +382,12 @@ def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
     given = {"length": 3, "vocab_size": 4, "mask_token_id": 3, **options}
     with pytest.raises(ValueError, match=message):
         MaskedDiffusion(MaskedChain(num_inference_steps=1).denoiser, **given)
+
+
+def test_the_number_of_steps_is_50_unless_given() -> None:
+    denoiser = MaskedChain(num_inference_steps=1).denoiser
+    assert MaskedDiffusion(denoiser, 3, 4, 3).num_inference_steps == 50
+    assert MaskedDiffusion(denoiser, 3, 4, 3, unmasking="uniform").num_inference_steps == 3
 
 
 def test_wrong_vocabulary_size_is_named() -> None:

@@ -294,6 +294,62 @@ def test_from_pretrained_options(folder: Path) -> None:
     assert MaskedDiffusion.from_pretrained(folder).event_shape == (16,)
 
 
+def test_the_length_is_that_of_the_model(folder: Path, tmp_path: Path) -> None:
+    """RoBERTa counts positions from behind the padding token."""
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
+
+    config = RobertaConfig(
+        vocab_size=SIZE,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        pad_token_id=1,
+    )
+    RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path)
+    model = MaskedDiffusion.from_pretrained(tmp_path, num_inference_steps=2)
+    assert model.event_shape == (10,)
+    model()
+    tokenizer.model_max_length = 7
+    tokenizer.save_pretrained(tmp_path)
+    assert MaskedDiffusion.from_pretrained(tmp_path).event_shape == (7,)
+    assert MaskedDiffusion.from_pretrained(tmp_path, 9).event_shape == (9,)
+
+
+def test_esm_wants_its_frame(tmp_path: Path) -> None:
+    """With token dropout nothing but masks has no prediction, and the error says where."""
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    config = EsmConfig(
+        vocab_size=SIZE,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=20,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        mask_token_id=MASK,
+        pad_token_id=0,
+    )
+    network = EsmForMaskedLM(config).eval()
+    with pytest.raises(ValueError, match="the logits of sequence .* have the maximum nan"):
+        MaskedDiffusion(network, 6, SIZE, MASK, num_inference_steps=2)()
+    frame = torch.tensor([2, MASK, MASK, MASK, MASK, 3])
+    x = MaskedDiffusion(
+        network, 6, SIZE, MASK, prompt=frame, num_inference_steps=2, forbidden_token_ids=(2, 3)
+    )()
+    assert x[0] == 2 and x[-1] == 3 and not torch.isin(x[1:-1], torch.tensor([2, 3, MASK])).any()
+
+
+def test_what_is_loaded_is_not_given(folder: Path) -> None:
+    with pytest.raises(ValueError, match="denoiser=.*: it is what is loaded from"):
+        MaskedDiffusion.from_pretrained(folder, denoiser=make_network("bert"))
+
+
 def test_weights_are_read_from_safetensors_only(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -363,13 +419,14 @@ def test_code_of_their_own(
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="trust_remote_code"):
         MaskedDiffusion.from_pretrained(tmp_path, LENGTH)
-    model = MaskedDiffusion.from_pretrained(
-        tmp_path, LENGTH, trust_remote_code=True, head="out", num_inference_steps=2
-    )
+    options: dict[str, Any] = {"trust_remote_code": True, "head": "out"}
+    model = MaskedDiffusion.from_pretrained(tmp_path, LENGTH, **options)
     assert (model.unmasking, model.mask_token_id, model.vocab_size) == (unmasking, 4, 13)
     with pyro.plate("particles", 3):
         x = model()
     assert (x != 4).all() and torch.equal(model.decode(x), x)
+    model = MaskedDiffusion.from_pretrained(tmp_path, LENGTH, num_inference_steps=2, **options)
+    assert model.unmasking == "ancestral" and model.num_inference_steps == 2
 
 
 def test_dropout_is_refused() -> None:

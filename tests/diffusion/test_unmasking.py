@@ -235,6 +235,10 @@ def test_chunks_are_the_same_however_many(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.allclose(pieces.log_prob(value), whole.log_prob(value))
     uniforms = torch.rand(5, 2, 3, dtype=torch.float64)
     assert torch.equal(pieces.complete(uniforms), whole.complete(uniforms))
+    for one, other in zip(
+        pieces.complete_tilted(ETA, uniforms), whole.complete_tilted(ETA, uniforms), strict=True
+    ):
+        assert torch.allclose(one.double(), other.double(), rtol=1e-13)
     which = torch.tensor([2, 0])
     chosen = torch.cat([one for _, one in pieces.chunks(which)])
     assert torch.allclose(chosen, expected[which])
@@ -259,6 +263,52 @@ def test_head_is_applied_once() -> None:
     prior.complete()
     proposal.complete()
     assert calls == [3]
+    # what is normalised afterwards comes from the same logits
+    assert torch.equal(
+        torch.cat([one for _, one in prior.chunks()]),
+        torch.cat([one for _, one in KERNELS["ancestral"](logits).chunks()]),
+    )
+    assert sum(calls) == 6
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("eta", ETAS)
+def test_completions_and_normaliser_in_one(name: str, eta: Tensor) -> None:
+    """The head is applied once for both."""
+    calls: list[int] = []
+
+    def counted(hidden: Tensor) -> Tensor:
+        calls.append(len(hidden))
+        return head(hidden)
+
+    values = make_logits("hidden").values
+    logits = TokenLogits(hidden=values, head=counted, vocab_size=4)
+    for first in (None, ETA):
+        kernel, other = KERNELS[name](logits), KERNELS[name](logits)
+        if first is not None:
+            kernel, other = kernel.tilted(first), other.tilted(first)
+        uniforms = torch.rand(5, *kernel.tokens.shape, dtype=torch.float64)
+        calls.clear()
+        completed, normalizer = kernel.complete_tilted(eta, uniforms)
+        assert len(calls) == 1
+        assert torch.equal(completed, other.tilted(eta).complete(uniforms))
+        assert torch.allclose(normalizer, other.log_normalizer(eta), rtol=1e-12, atol=1e-13)
+        most = kernel.tilted(eta).complete().reshape(-1)[kernel.rows]
+        probs = torch.cat([one for _, one in other.tilted(eta).chunks()])
+        assert torch.equal(most, probs.argmax(-1))
+
+
+def test_a_tilt_may_be_the_same_for_all_tokens() -> None:
+    """It then changes nothing but the normaliser."""
+    kernel = KERNELS["ancestral"](make_logits())
+    value = kernel.sample()
+    for eta in (torch.tensor([0.7]), torch.tensor([[0.7], [0.1], [0.2]])):
+        eta = eta.double()
+        assert torch.allclose(kernel.tilted(eta).log_prob(value), kernel.log_prob(value))
+        assert torch.allclose(kernel.log_ratio(kernel.tilted(eta), value), torch.zeros(2).double())
+        sums = eta.expand(3, 1)[:, 0].expand(kernel.tokens.shape)
+        expected = torch.where(kernel._masked(), sums, 0.0).sum(-1)
+        assert torch.allclose(kernel.log_normalizer(eta), expected)
 
 
 def test_completions() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_twist import MaskedDiffusion, RewardTilted, Tilted
 from pyro_twist.infer import BestOfN, TreeSearch
-from pyro_twist.infer.treesearch import Frontier
+from pyro_twist.infer.treesearch import Frontier, _highest
 
 VOCABULARY, LENGTH = 4, 4  # tokens 0 to 2, and the mask
 MASK = VOCABULARY - 1
@@ -383,6 +383,57 @@ def test_budgets_of_rewards_are_kept(budget: int) -> None:
     assert (len(search.steps) == len(whole.steps)) == (budget == 1000)
 
 
+@pytest.mark.parametrize("budget", [12, 16, 20])
+def test_budgets_of_other_potentials_are_kept(budget: int) -> None:
+    """Two rewards are two calls, and a potential that is no reward is one."""
+    asked: list[Tensor] = []
+
+    def potential(state: Any, x0: Tensor) -> None:
+        asked.append(x0.unique(dim=0))
+        pyro.factor("worth", values(x0))
+
+    search = TreeSearch(
+        Tilted(masked_model(), potential), 2, 3, max_reward_calls=budget, seed=0, progress=False
+    )
+    search.run()
+    assert sum(map(len, asked)) <= budget
+    whole = TreeSearch(Tilted(masked_model(), potential), 2, 3, seed=0, progress=False)
+    whole.run()
+    assert len(search.steps) < len(whole.steps)
+    both = {"a": values, "b": lambda x: -2 * values(x)}
+    model = RewardTilted(masked_model(), both)
+    search = TreeSearch(model, 2, 3, max_reward_calls=budget, seed=0, progress=False)
+    assert search.run().counts["reward"] <= budget
+
+
+def test_prompts_that_are_filled_in_are_not_scored_again() -> None:
+    prompts = torch.tensor([[1, MASK, MASK, MASK], [0, MASK, 1, 1]])
+    scored: list[Tensor] = []
+
+    def noted(x: Tensor) -> Tensor:
+        scored.append(x)
+        return values(x)
+
+    model = RewardTilted(masked_model(prompt=prompts, plate=("prompts", 2)), noted)
+    result = TreeSearch(model, 2, 3, seed=0, progress=False).run()
+    # after its only step and at the end
+    assert [int((batch[:, 0] == 0).sum()) for batch in scored] == [3, 0, 0, 2]
+    assert torch.equal(result.state["log_potential"], result.state["reward"])
+
+
+def test_the_highest_are_those_of_a_sort() -> None:
+    """Of equal ones the first, as a stable sort has them."""
+    torch.manual_seed(0)
+    for spread in (1000, 5, 1):
+        rows = torch.randint(spread, (200, 30)).double()
+        rows[:, ::7] = -torch.inf
+        for number in (1, 4, 29, 30):
+            expected, places = rows.sort(dim=-1, descending=True, stable=True)
+            found = _highest(rows, number)
+            assert torch.equal(found[0], expected[:, :number])
+            assert torch.equal(found[1], places[:, :number])
+
+
 def test_prompts_are_populations_of_their_own() -> None:
     prompts = torch.tensor([[MASK] * 4, [0, MASK, MASK, 1], [MASK, 2, MASK, MASK]])
     model = tilted(prompt=prompts, plate=("prompts", 3))
@@ -426,6 +477,8 @@ def test_wrong_arguments_are_refused() -> None:
         TreeSearch(model, 4, 4, max_reward_calls=5).run()
     with pytest.raises(ValueError, match="has no `mask_token_id`; a tree search is over"):
         TreeSearch(object())
+    with pytest.raises(ValueError, match="MaskedDiffusion has no reward.* nothing to search for"):
+        TreeSearch(masked_model())
 
 
 def test_other_latent_variables_are_refused() -> None:

@@ -661,9 +661,9 @@ def watch(monkeypatch: pytest.MonkeyPatch, smc: TrustRegionTwist) -> list[torch.
     starts: list[torch.Tensor] = []
     original = module.fit_likelihood
 
-    def watched(twist: Any, batches: Any) -> None:
+    def watched(twist: Any, batches: Any, **options: Any) -> None:
         starts.append(smc.guide.theta.detach().clone())
-        original(twist, batches)
+        original(twist, batches, **options)
 
     monkeypatch.setattr(module, "fit_likelihood", watched)
     return starts

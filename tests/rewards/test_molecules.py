@@ -121,6 +121,7 @@ def test_rdkits_messages_come_back_afterwards(capfd: pytest.CaptureFixture[str])
         (lambda: substructure("C(("), "no SMARTS"),
         (lambda: substructure(""), "no SMARTS"),
         (lambda: logp(math.nan), "target=nan"),
+        (lambda: logp("high"), "target='high'; give a finite number, a logP"),  # type: ignore[arg-type]
         (lambda: qed(on_invalid="ignore"), "on_invalid='ignore'"),  # type: ignore[arg-type]
         (lambda: molecule_reward("qedd"), "did you mean 'qed'"),
         (lambda: molecule_reward("similar"), "its options are: smiles"),

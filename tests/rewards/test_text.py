@@ -212,3 +212,9 @@ def test_a_text_without_words_is_not_acceptable() -> None:
 def test_a_string_is_no_list_of_texts() -> None:
     with pytest.raises(ValueError, match="put it in a list"):
         text.sentiment()("a wonderful film")
+
+
+def test_the_least_log_probability_is_negative() -> None:
+    for wrong in (1, 0.0, math.nan, "low"):
+        with pytest.raises(ValueError, match=f"floor={wrong!r}"):
+            text.TrigramLM(wrong)  # type: ignore[arg-type]

@@ -12,8 +12,11 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from pyro_twist.rewards import RewardError
@@ -140,11 +143,72 @@ def test_long_texts_are_cut_only_if_asked() -> None:
     assert short == CausalLMReward(language_model(), tokenizer())(["the cat sat"])
 
 
-def test_a_text_without_a_token_to_score_is_refused() -> None:
-    with pytest.raises(RewardError, match="has no token to score"):
-        CausalLMReward(language_model(), tokenizer(begins=False))(["dog"])
-    with pytest.raises(RewardError, match="has no token to score"):
-        CausalLMReward(language_model(), tokenizer())([""])
+def test_a_text_without_a_token_to_score_counts_as_minus_infinity() -> None:
+    """Such texts are among the samples, and a run must not end at one."""
+    reward = CausalLMReward(language_model(), tokenizer(begins=False))
+    values = reward(["dog", "the cat", ""])
+    assert (values[[0, 2]] == -torch.inf).all() and values[1] == reward(["the cat"])
+    reward = CausalLMReward(language_model(), tokenizer())
+    assert reward([""]).tolist() == [-torch.inf] and reward(["dog"]).isfinite()
+    assert reward.perplexity([""]).tolist() == [torch.inf]
+
+
+def test_padding_is_that_of_the_model() -> None:
+    """A decoder finds the last token of a text by the padding that its config names."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(WORDS),
+        n_positions=12,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        num_labels=3,
+        pad_token_id=1,
+    )
+    model = GPT2ForSequenceClassification(config).eval()
+    expected = [logits_alone(model, ids_of(one, 3)).log_softmax(0)[2] for one in TEXTS]
+    values = SequenceClassifierReward(model, tokenizer(), 2)(TEXTS)
+    assert torch.allclose(values, torch.stack(expected), atol=1e-6)
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="set model.config.pad_token_id = 0, the tokenizer's"):
+        SequenceClassifierReward(model, tokenizer(), 2)
+
+
+def test_a_regression_with_several_outputs() -> None:
+    model = classifier(problem_type="regression")
+    expected = logits_alone(model, ids_of("dog", 3))[1]
+    reward = SequenceClassifierReward(model, tokenizer(), "good")
+    assert reward(["dog"]).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert reward.name == "output 'good'"
+
+
+@pytest.mark.parametrize("kind", ["classifier", "language model", "roberta"])
+def test_texts_are_no_longer_than_the_model_can_read(kind: str) -> None:
+    """Tokenizers often do not say, or a number without meaning."""
+    words = tokenizer()
+    words.model_max_length = int(1e30)
+    if kind == "language model":
+        reward: Any = CausalLMReward(language_model(), words)
+        most = 12
+    elif kind == "classifier":
+        reward, most = SequenceClassifierReward(classifier(), words, 0), 12
+    else:
+        config = RobertaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=12,
+            pad_token_id=1,
+        )
+        model = RobertaForSequenceClassification(config).eval()
+        reward, most = SequenceClassifierReward(model, words, 0), 10
+    assert reward(["dog " * (most - 1)]).isfinite()
+    with pytest.raises(RewardError, match=f"text 0 has {most + 1} tokens, max_length is {most}"):
+        reward(["dog " * most])
+    with pytest.raises(ValueError, match=f"max_length=99; give .* from 1 to {most}"):
+        type(reward)(reward.model, words, *([0] if kind != "language model" else []), max_length=99)
 
 
 def test_wrong_models_and_labels_are_refused() -> None:
@@ -152,6 +216,8 @@ def test_wrong_models_and_labels_are_refused() -> None:
         SequenceClassifierReward(classifier(), tokenizer(), "nice")
     with pytest.raises(ValueError, match="label=3"):
         SequenceClassifierReward(classifier(), tokenizer(), 3)
+    with pytest.raises(ValueError, match="label=True"):
+        SequenceClassifierReward(classifier(), tokenizer(), True)
     with pytest.raises(ValueError, match="padding token"):
         SequenceClassifierReward(classifier(), tokenizer(pads=False), 0)
     with pytest.raises(ValueError, match="training mode"):

@@ -10,10 +10,11 @@ import pyro
 import pytest
 import torch
 
-from pyro_twist.infer import TwistedSMC
+from pyro_twist.infer import TrustRegionTwist, TwistedSMC
 from pyro_twist.rewards import RewardTilted, Tilted
-from pyro_twist.twists import DiscountedLookahead, LookaheadTwist, TokenTilt
+from pyro_twist.twists import DiscountedLookahead, HiddenTilt, LookaheadTwist, TokenTilt
 from pyro_twist.twists.completions import draw_uniforms, score_completions
+from pyro_twist.wrapper import ModelWrapper
 from tests.oracles import LinearGaussianChain, MaskedChain
 from tests.statistics import assert_mean
 from tests.twists.masked import (
@@ -93,21 +94,29 @@ def test_under_a_tilt_it_is_unbiased_too() -> None:
     smc = TwistedSMC(model, twist, 20000, seed=0, ess_threshold=0.0, progress=False)
     smc.init()
     expected = float(joint @ one.rewards.exp())
-    assert_mean(smc.state["lookahead_log_twist"].exp(), expected, max_relative_sd=0.02)
+    value = twist.parts()[0].log_twist(smc.state)
+    assert_mean(value.exp(), expected, max_relative_sd=0.02)
 
 
+@pytest.mark.parametrize("options", [{}, {"every": 2}, {"schedule": [2]}])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("completions", [1, 4])
-def test_zero_variance_under_the_optimal_tilt(completions: int, threshold: float) -> None:
+def test_zero_variance_under_the_optimal_tilt(
+    completions: int, threshold: float, options: dict[str, Any]
+) -> None:
+    """Also between looks: what the tilt explains is that of the state at every step."""
     one = chain(product=True)
     worth = torch.tensor([0.5, -1.0, 2.0, 0.0]).double()
     model = tilted(one, additive(worth))
     part = TokenTilt(model)
     part.theta.data[0] = worth
     for look in (LookaheadTwist, DiscountedLookahead):
-        twist = look(model, completions=completions, under=part) + part
-        result = TwistedSMC(model, twist, 20, seed=0, ess_threshold=threshold, progress=False).run()
+        twist = look(model, completions=completions, under=part, **options) + part
+        smc = TwistedSMC(model, twist, 20, seed=0, ess_threshold=threshold, progress=False)
+        result = smc.run()
         assert float(result.log_weights.std()) < 1e-12
+        assert result.diagnostics is not None
+        assert all(float(ess) > 20 - 1e-6 for ess in result.diagnostics.ess)
 
 
 def test_uniforms_follow_their_particle() -> None:
@@ -140,6 +149,19 @@ def test_the_stream_is_left_alone() -> None:
     assert correlations.triu(1).abs().max() < 5 / math.sqrt(1000)
 
 
+def test_two_look_aheads_have_numbers_of_their_own() -> None:
+    model = tilted(chain())
+    twist = LookaheadTwist(model, key="a") + LookaheadTwist(model, key="b")
+    smc = TwistedSMC(model, twist, 400, seed=3, ess_threshold=0.0, progress=False)
+    smc.init()
+    both = torch.stack([smc.state[f"{key}_uniforms"].flatten() for key in "ab"])
+    assert both[0].unique().numel() == both[0].numel()
+    assert torch.corrcoef(both)[0, 1].abs() < 5 / math.sqrt(both.shape[1])
+    again = TwistedSMC(model, twist, 400, seed=3, ess_threshold=0.0, progress=False)
+    again.init()
+    assert torch.equal(again.state["b_uniforms"], smc.state["b_uniforms"])
+
+
 class Counting:
     """A potential that notes what it is asked for."""
 
@@ -166,6 +188,19 @@ def test_what_is_known_is_not_scored_again() -> None:
     values = score_completions(model, {}, moved, (tokens, torch.tensor([[7.0, 7.0], [8.0, 9.0]])))
     assert values.tolist() == [[7.0, 6.0], [9.0, 8.0]]
     assert model.asked == [[[3, 3], [3, 3]]]
+
+
+def test_entries_with_nothing_new_are_not_scored_again() -> None:
+    """One new completion among two particles of three prompts is one to be scored."""
+    one = chain(plate=("runs", 3))
+    model = tilted(one)
+    tokens = torch.tensor([[[0, 0, 0], [1, 1, 1], [2, 2, 2]], [[0, 0, 1], [1, 1, 2], [2, 2, 0]]])
+    known = (tokens[..., None, :], one.reward(tokens)[..., None])
+    moved = tokens.clone()
+    moved[0, 1] = torch.tensor([2, 1, 0])
+    values = score_completions(model, {}, moved[..., None, :], known)
+    assert torch.equal(values[..., 0], one.reward(moved))
+    assert model.counts["reward"] == 1
 
 
 def test_copies_are_counted_once() -> None:
@@ -216,4 +251,44 @@ def test_errors() -> None:
         LookaheadTwist(model, completions="argmax", under=TokenTilt(model))
     with pytest.raises(ValueError, match="potential='max'"):
         LookaheadTwist(model, "max", under=TokenTilt(model))
+    with pytest.raises(ValueError, match="under=3 has no method `eta"):
+        LookaheadTwist(model, under=3)
+    with pytest.raises(ValueError, match="under=HiddenTilt has no method `eta"):
+        LookaheadTwist(model, under=HiddenTilt(model))
+    with pytest.raises(ValueError, match="under=TokenTilt has value=True, but the look-ahead"):
+        LookaheadTwist(model, under=TokenTilt(model, value=True))
+    other = TokenTilt(tilted(MaskedChain(3, 5, num_inference_steps=2)))
+    with pytest.raises(ValueError, match="for a model of 5 tokens, this one has 4"):
+        LookaheadTwist(model, under=other)
     assert isinstance(model, RewardTilted) and isinstance(model, Tilted)
+
+
+WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"floor": -1}, "floor=-1; give a finite number of nats, 0 or more"),
+    ({"floor": math.nan}, "floor=nan"),
+    ({"floor": "3"}, "floor='3'"),
+    ({"every": 1.5}, "every=1.5; give a whole number"),
+    ({"schedule": []}, r"schedule=\[\]; give a collection of at least one state"),
+    ({"schedule": 2}, "schedule=2; give a collection"),
+    ({"schedule": [1], "every": 2}, r"every=2 and schedule=\[1\] are alternatives"),
+]
+
+
+@pytest.mark.parametrize("options, message", WRONG_OPTIONS)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LookaheadTwist(tilted(chain()), **options)
+
+
+@pytest.mark.parametrize("twist", [LookaheadTwist, DiscountedLookahead, TrustRegionTwist])
+def test_models_without_a_reward_are_refused(twist: Any) -> None:
+    with pytest.raises(ValueError, match="MaskedDiffusion has no reward or other terminal"):
+        twist(chain().diffusion)
+    # a wrapper does not make one either
+    with pytest.raises(ValueError, match="has no reward or other terminal"):
+        twist(ModelWrapper(chain().diffusion))
+
+
+def test_slopes_are_for_differences() -> None:
+    with pytest.raises(ValueError, match="potential='max' is for LookaheadTwist"):
+        DiscountedLookahead(tilted(chain()), potential="max")

@@ -6,13 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
+import pyro.optim
 import pytest
 import torch
 
 from pyro_twist.infer import TrustRegionTwist, TwistedSMC
 from pyro_twist.twists import (
     CalibratedLookahead,
+    HiddenTilt,
     LearnedTwist,
     LookaheadTwist,
     NeuralTwist,
@@ -23,7 +26,10 @@ from pyro_twist.twists import (
     low_frequencies,
     tilt,
 )
+from pyro_twist.twists.minimise import Minimiser
 from tests.oracles import LinearGaussianChain
+from tests.twists.masked import chain as masked_chain
+from tests.twists.masked import tilted
 
 FAMILIES = [ShiftTwist, QuadraticTwist, NeuralTwist, CalibratedLookahead]
 
@@ -135,6 +141,82 @@ def test_slopes_of_a_useless_and_a_perfect_look_ahead() -> None:
     smc.fit(1)
     slopes = smc.guide.slopes
     assert slopes[3:].max() < 0.3 and 0.8 < slopes[1:3].min() <= slopes[1:3].max() < 1.2
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.02)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "torch": adam,
+    "pyro": pyro.optim.Adam({"lr": 0.02}),
+    "pyro, scheduled": pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.03}, "gamma": 0.997}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimiser_finds_the_maximum(name: str) -> None:
+    """That of L-BFGS, from a fit that starts anew every time."""
+    chain = LinearGaussianChain(4, k=1.2, dim=2)
+    smc = one_pass(PlainShift(chain))
+    batches = smc._batches(0.5)
+    fit_likelihood(smc.guide, batches)
+    expected = smc.guide.shift.detach().clone()
+    minimise = Minimiser(OPTIMIZERS[name], 600)
+    for _ in range(2):
+        with torch.no_grad():
+            smc.guide.shift.zero_()
+        fit_likelihood(smc.guide, batches, minimise=minimise)
+        assert torch.allclose(smc.guide.shift, expected, atol=2e-3)
+    assert not getattr(OPTIMIZERS[name], "optim_objs", {}), "what was given has no state"
+
+
+def test_the_optimiser_is_that_of_every_fit() -> None:
+    """In iterations, for guides of several families, and for families that call it themselves."""
+    made: list[int] = []
+
+    def counted(parameters: Any) -> torch.optim.Optimizer:
+        made.append(sum(one.numel() for one in parameters))
+        return adam(parameters)
+
+    chain = LinearGaussianChain(3, k=1.0, dim=2)
+    options: dict[str, Any] = {"optimizer": counted, "optimizer_steps": 3, "seed": 0}
+    smc = TrustRegionTwist(chain, PlainShift(chain), 40, guard=False, **options).fit(2)
+    assert made == [8, 8] and smc.guide.shift.any()
+    made.clear()
+    TrustRegionTwist(chain, PlainShift(chain), 40, guard=True, **options).fit(1)
+    assert made == [8] * len(made) and len(made) >= 4
+    made.clear()
+    model = tilted(masked_chain())
+    smc = TrustRegionTwist(model, HiddenTilt(model, rank=2), 40, guard=False, **options).fit(1)
+    assert made == [6] and smc.guide.theta.any()
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"optimizer": "adam"}, "optimizer='adam'; give a function of parameters"),
+    ({"optimizer": adam([torch.zeros(1)])}, r"optimizer=Adam\(...\) belongs to parameters alr"),
+    ({"optimizer": adam, "optimizer_steps": 0}, "optimizer_steps=0; give a whole number"),
+    ({"optimizer_steps": 1.5}, "optimizer_steps=1.5"),
+]
+
+
+@pytest.mark.parametrize("options, message", WRONG)
+def test_wrong_optimisers_are_refused(options: dict[str, Any], message: str) -> None:
+    chain = LinearGaussianChain(3, dim=2)
+    with pytest.raises(ValueError, match=message):
+        TrustRegionTwist(chain, PlainShift(chain), 8, **options)
+
+
+def test_optimisers_without_a_use_are_refused() -> None:
+    chain = LinearGaussianChain(3, dim=2)
+    with pytest.raises(ValueError, match=r"no part of the guide \(ShiftTwist\) is fitted by an"):
+        TrustRegionTwist(chain, ShiftTwist(chain), 8, optimizer=adam)
+    smc = TrustRegionTwist(chain, PlainShift(chain), 8, optimizer=lambda parameters: 3)
+    smc.sample()
+    with pytest.raises(ValueError, match="made int of the parameters; it is to make an optimiser"):
+        smc.update()
 
 
 def test_low_frequencies_are_orthonormal() -> None:

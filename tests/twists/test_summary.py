@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from pyro_twist.twists import (
     DiscountedLookahead,
     ShiftTwist,
     SurrogateTwist,
+    TokenSurrogate,
+    TokenTilt,
     Twist,
 )
-from pyro_twist.twists.summary import Curve, Direction, Panel
+from pyro_twist.twists.summary import Curve, Direction, Panel, Ranking
 from tests.oracles import LinearGaussianChain
+from tests.twists.masked import chain, wrong_hidden_tilt
+from tests.twists.masked import tilted as masked_tilted
 
 STEPS = 6
 
@@ -179,3 +184,52 @@ def test_a_sum_is_saved_and_loaded(labels: tuple[int, ...], tmp_path: Path) -> N
     assert torch.equal(ours.log_weights, theirs.log_weights)
     assert torch.equal(ours.state["x"], theirs.state["x"])
     assert not torch.equal(ours.state["x"], without.state["x"])
+
+
+class Letters:
+    """A decoder with a tokenizer, as those of texts have one."""
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return "abc-"[token]
+
+    @property
+    def tokenizer(self) -> Letters:
+        return self
+
+
+def test_tokens_are_ranked() -> None:
+    """By the odds of a tilt, those that are favoured first."""
+    one = chain(decoder=Letters())
+    twist = TokenTilt(masked_tilted(one))
+    [panel] = twist.summary()
+    assert type(panel) is Panel and panel.text.startswith("None: nothing has been learned yet")
+    twist.theta.data[0] = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    [panel] = twist.summary()
+    assert isinstance(panel, Ranking) and panel.kind == "token" and panel.label == "odds"
+    assert panel.names == ["c", "a", "b"]
+    assert panel.values == pytest.approx([math.exp(2.0), math.exp(0.5), math.exp(-1.0)])
+    twist = TokenTilt(masked_tilted(chain()), per="position")
+    twist.theta.data[1, 2], twist.theta.data[2, 0] = 0.3, -0.2
+    [panel] = (DiscountedLookahead(twist.model) + twist).summary()[1:]
+    assert isinstance(panel, Ranking) and panel.kind == "token and position"
+    assert panel.names == ["token 2 at 1", "token 0 at 2"]
+
+
+def test_tilts_of_tokens_that_depend_on_more_are_ranked_too() -> None:
+    model = masked_tilted(chain())
+    surrogate = TokenSurrogate(model, knots=2)
+    surrogate.beta = torch.tensor([[1.0, -2.0, 0.0, 0.0]]).double()
+    surrogate.theta.data = torch.tensor([0.5, 1.5]).double()
+    ranking, gains = surrogate.summary()
+    assert isinstance(ranking, Ranking) and ranking.names == ["token 0", "token 1"]
+    assert ranking.values == pytest.approx([math.exp(1.0), math.exp(-2.0)])
+    assert "explains 0% of the differences" in ranking.text
+    assert isinstance(gains, Curve)
+    assert gains.values == pytest.approx(
+        [float(surrogate._shares(t - 1) @ surrogate.theta.detach()) for t in model.timesteps]
+    )
+    twist = wrong_hidden_tilt(model)
+    [panel] = twist.summary()
+    eta = twist.rows @ twist.theta.detach()[-1]
+    assert isinstance(panel, Ranking)
+    assert panel.values[0] == pytest.approx(float(eta.max().exp()))

@@ -193,7 +193,7 @@ def test_masked_scores_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 
     sequences = [HUMAN[:20], MOUSE[:20], LIGHT[:20]]
     expected = {masked: human_likeness(masked=masked)(sequences) for masked in (False, True)}
-    network, rows = load_model("sapiens").network, []
+    network, rows = load_model("sapiens", "H").network, []
     monkeypatch.setattr(proteins, "_RESIDUES_AT_ONCE", 40)
     handle = network.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
