@@ -123,6 +123,14 @@ class SequenceDecoder:
         rows = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
         return [self.finish(text) for text in self.tokenizer.batch_decode(rows)]
 
+    def token_name(self, token: int) -> str:
+        """
+        What a token stands for, as people read it.
+
+        :param int token: The token.
+        """
+        return str(self.tokenizer.decode([token]))
+
 
 @functools.lru_cache(maxsize=2**16)
 def selfies_to_smiles(selfies: str) -> str:

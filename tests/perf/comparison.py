@@ -109,7 +109,7 @@ class Tables:
                 gap = [reference - value for value in found]
                 cell = interval(with_interval(gap)) if agreed else "left out"
                 mean = number(statistics.mean(found)) if found else "–"
-                body.append([title, mark, arm, mean, cell, number(sd(found)), str(len(found))])
+                body.append([title, mark, arm, mean, cell, number(sd(found)), _seeds(found)])
                 title, mark = "", ""
         head = ["task", "", "arm", "mean of log Z", "gap of log Z", "sd of log Z", "seeds"]
         return f"### Evidence, N = {size}, {4 * size} trajectories\n\n" + table(head, body)
@@ -183,6 +183,12 @@ class Tables:
         body = [[arm, *(cell(name, arm, interval) for name in names)] for arm in arms]
         title = "### Ablation at the same budget, N = 4: change of the mean of log Z"
         return f"{title}\n\n{table(['arm', *names], body)}"
+
+
+def _seeds(found: Sequence[float]) -> str:
+    """How many there are, and in how many no particle had weight."""
+    dead = sum(value == -math.inf for value in found)
+    return f"{len(found)} ({dead} dead)" if dead else str(len(found))
 
 
 def _reference_runs(rows: Sequence[Row], task: str) -> list[Row]:

@@ -33,7 +33,8 @@ def by_seed(rows: Sequence[Row], task: str, size: int, arm: str, name: str) -> d
     """The figure of each seed; minus infinity where no particle had weight."""
     found = {}
     for row in rows:
-        if (row["task"], row["size"], row["arm"]) == (task, size, arm):
+        # what only draws have is missing where nothing could be drawn
+        if (row["task"], row["size"], row["arm"]) == (task, size, arm) and name in row:
             found[row["seed"]] = -math.inf if row[name] is None else row[name]
     return found
 

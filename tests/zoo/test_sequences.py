@@ -173,3 +173,10 @@ def test_uniform_unmasking_has_its_own_number_of_steps(root: Path) -> None:
     assert zoo.load("text", unmasking="uniform", group_size=3).num_inference_steps == 3
     with pytest.raises(ValueError, match="num_inference_steps=2 goes with unmasking='ancestral'"):
         zoo.load("text", unmasking="uniform", num_inference_steps=2)
+
+
+def test_tokens_of_molecules_are_named_in_selfies() -> None:
+    decoder: Any = zoo.load("molecules").decoder
+    names = [decoder.token_name(token) for token in range(40)]
+    assert names[:3] == ["[PAD]", "[MASK]", "[END]"]
+    assert all(name.isascii() and name.startswith("[") and name.endswith("]") for name in names)
