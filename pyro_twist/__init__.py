@@ -16,15 +16,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_twist import align, diffusion, handlers, infer, latents, rewards, twists, viz, zoo
+    from pyro_twist import (
+        align,
+        diffusion,
+        handlers,
+        hierarchies,
+        infer,
+        latents,
+        preferences,
+        rewards,
+        statespace,
+        twists,
+        viz,
+        zoo,
+    )
     from pyro_twist.diffusion import (
         GaussianDenoiser,
         GaussianDiffusion,
         GaussianMixtureDenoiser,
         MaskedDiffusion,
+        MixtureOfModels,
+        ProductOfModels,
     )
+    from pyro_twist.hierarchies import SetOf, mixture
     from pyro_twist.infer import (
         BestOfN,
+        EvidenceGradient,
         ImportanceSampling,
         SMCResult,
         TreeSearch,
@@ -32,6 +49,7 @@ if TYPE_CHECKING:
         TwistedSMC,
     )
     from pyro_twist.latents import AutoLatents, JointTwist, WithLatents
+    from pyro_twist.preferences import Preferences
     from pyro_twist.rewards import (
         Reward,
         RewardError,
@@ -43,6 +61,7 @@ if TYPE_CHECKING:
         protein_reward,
         text_reward,
     )
+    from pyro_twist.statespace import Compartmental, TimeSeries
     from pyro_twist.twists import LookaheadTwist, Twist
 
 __version__ = "0.1.0"
@@ -50,6 +69,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoLatents",
     "BestOfN",
+    "Compartmental",
+    "EvidenceGradient",
     "GaussianDenoiser",
     "GaussianDiffusion",
     "GaussianMixtureDenoiser",
@@ -57,11 +78,16 @@ __all__ = [
     "JointTwist",
     "LookaheadTwist",
     "MaskedDiffusion",
+    "MixtureOfModels",
+    "Preferences",
+    "ProductOfModels",
     "Reward",
     "RewardError",
     "RewardTilted",
     "SMCResult",
+    "SetOf",
     "Tilted",
+    "TimeSeries",
     "TreeSearch",
     "TrustRegionTwist",
     "Twist",
@@ -71,13 +97,17 @@ __all__ = [
     "align",
     "diffusion",
     "handlers",
+    "hierarchies",
     "image_reward",
     "infer",
     "latents",
     "log_potential",
+    "mixture",
     "molecule_reward",
+    "preferences",
     "protein_reward",
     "rewards",
+    "statespace",
     "text_reward",
     "twists",
     "viz",
@@ -91,10 +121,14 @@ _HOMES = {
         "GaussianDiffusion",
         "GaussianMixtureDenoiser",
         "MaskedDiffusion",
+        "MixtureOfModels",
+        "ProductOfModels",
     ),
     "handlers": (),
+    "hierarchies": ("SetOf", "mixture"),
     "infer": (
         "BestOfN",
+        "EvidenceGradient",
         "ImportanceSampling",
         "SMCResult",
         "TreeSearch",
@@ -102,6 +136,7 @@ _HOMES = {
         "TwistedSMC",
     ),
     "latents": ("AutoLatents", "JointTwist", "WithLatents"),
+    "preferences": ("Preferences",),
     "rewards": (
         "Reward",
         "RewardError",
@@ -113,6 +148,7 @@ _HOMES = {
         "protein_reward",
         "text_reward",
     ),
+    "statespace": ("Compartmental", "TimeSeries"),
     "twists": ("LookaheadTwist", "Twist"),
     "viz": (),
     "zoo": (),

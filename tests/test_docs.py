@@ -26,7 +26,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "docs/index.md",
+    "docs/combining.md",
     "docs/composition.md",
+    "docs/hierarchies.md",
+    "docs/preferences.md",
+    "docs/instrument.md",
+    "docs/learning.md",
     "docs/statespace.md",
     "docs/api/pyro_twist.md",
     "docs/extending/model.md",
@@ -53,8 +58,14 @@ def small_diffusion(*args: Any, **kwargs: Any) -> GaussianDiffusion:
     def denoiser(x: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> Any:
         return exact(x, timestep)
 
-    labels = {"class_labels": 0}
-    return GaussianDiffusion(denoiser, scheduler, SHAPE, num_inference_steps=4, conditioning=labels)
+    return GaussianDiffusion(
+        denoiser,
+        scheduler,
+        SHAPE,
+        num_inference_steps=4,
+        conditioning={"class_labels": 0},
+        null_conditioning={"class_labels": 8},
+    )
 
 
 @pytest.fixture

@@ -67,9 +67,9 @@ class ZooMolecules(ZooSequences):
         """What the judge's score is."""
         return (
             "Share of molecules without a group that medicinal chemists avoid (the 105 alerts of "
-            "Brenk et al., 2008); 1 is best. No reward uses them, but QED counts alerts from a list "
-            "of its own that agrees with them on most molecules. Where it is lower than for the "
-            "base model by several times the ± and the reward is higher, look for molecules that "
+            "Brenk et al., 2008); 1 is best. No reward uses them, but QED counts alerts of its own "
+            "list, which agrees with them on most molecules. Where it is lower than for the base "
+            "model by several times the ± and the reward is higher, look for molecules that "
             "exploit the reward; smaller differences of a single run may be chance."
         )
 

@@ -7,6 +7,7 @@ from pyro_twist.diffusion.analytic import GaussianDenoiser, GaussianMixtureDenoi
 from pyro_twist.diffusion.gaussian import GaussianDiffusion
 from pyro_twist.diffusion.kernels import GaussianSchedule, GaussianStep
 from pyro_twist.diffusion.masked import MaskedDiffusion
+from pyro_twist.diffusion.products import MixtureOfModels, ProductOfModels, conditioned
 from pyro_twist.diffusion.schedules import make_schedule
 
 __all__ = [
@@ -16,5 +17,8 @@ __all__ = [
     "GaussianSchedule",
     "GaussianStep",
     "MaskedDiffusion",
+    "MixtureOfModels",
+    "ProductOfModels",
+    "conditioned",
     "make_schedule",
 ]

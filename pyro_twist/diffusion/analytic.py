@@ -94,24 +94,27 @@ class GaussianMixtureDenoiser:
         means = self.means.to(x) + shift
         return (posterior.unsqueeze(-1) * means).sum(1).reshape(x.shape)
 
-    def log_prob(self, x: Tensor, timestep: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, timestep: Tensor | None) -> Tensor:
         """
-        The log-density of the noised data.
+        The log-density of the noised data, or of the data.
 
         :param Tensor x: Network inputs of shape ``(rows,) + event_shape``.
-        :param Tensor timestep: The scheduler's timesteps, of shape ``(rows,)`` or a single one.
+        :param Tensor timestep: The scheduler's timesteps, of shape ``(rows,)`` or a single one;
+            ``None`` for data without noise, which has a density if no variance is zero.
         :returns: A tensor of shape ``(rows,)``.
         :rtype: Tensor
         """
         _, variance, residual = self._residual(x, timestep)
         return self._log_joint(variance, residual).logsumexp(-1)
 
-    def _level(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def _level(self, x: Tensor, timestep: Tensor | None) -> tuple[Tensor, Tensor]:
+        if timestep is None:
+            return x.new_ones(len(x)), x.new_zeros(len(x))
         timestep = torch.as_tensor(timestep, device=x.device).expand(len(x))
         alpha, sigma = self.noise_level(timestep)
         return alpha.to(x), sigma.to(x)
 
-    def _residual(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _residual(self, x: Tensor, timestep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Per row and component: alpha, marginal variances and residuals in the eigenbasis."""
         alpha, sigma = (a.reshape(-1, 1, 1) for a in self._level(x, timestep))
         residual = x.flatten(1).unsqueeze(1) if x.dim() > 1 else x.reshape(-1, 1, 1)

@@ -4,6 +4,9 @@
 """Inference classes with the interface of Pyro's ``SMCFilter``, and what they return."""
 
 from pyro_twist.infer.baselines import BestOfN, ImportanceSampling
+from pyro_twist.infer.evidence import EvidenceGradient
+from pyro_twist.infer.moves import move_latents
+from pyro_twist.infer.posterior import ParticlePosterior
 from pyro_twist.infer.resampling import RESAMPLING, get_resampling, register_resampling
 from pyro_twist.infer.result import Diagnostics, SMCResult
 from pyro_twist.infer.treesearch import Frontier, SearchStep, TreeSearch
@@ -15,9 +18,11 @@ __all__ = [
     "RESAMPLING",
     "BestOfN",
     "Diagnostics",
+    "EvidenceGradient",
     "Frontier",
     "ImportanceSampling",
     "Iteration",
+    "ParticlePosterior",
     "SMCFailed",
     "SMCResult",
     "SearchStep",
@@ -28,6 +33,7 @@ __all__ = [
     "default_twist",
     "dual_temper",
     "get_resampling",
+    "move_latents",
     "pool",
     "register_resampling",
     "temper",

@@ -83,7 +83,8 @@ def _increment(name: str, site: Site, value: torch.Tensor) -> Increment:
     return Increment(name, value, tuple(site["cond_indep_stack"]))
 
 
-def _log_prob(site: Site) -> torch.Tensor:
+def _log_prob(name: str, site: Site) -> torch.Tensor:
+    _refuse_subsample(name, site)
     value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(value, site["scale"], site["mask"])
 
@@ -110,12 +111,18 @@ def _latent(name: str, site: Site, p: Any, q: Any) -> Iterator[Increment]:
 
 
 def _refuse_subsample(name: str, site: Site) -> None:
+    reason = (
+        "the exponential of a subsampled log-probability is no unbiased estimate of a weight. "
+        "Observe the whole plate"
+        if site["is_observed"]
+        else "particles cannot be weighted by a part of their latents. Draw the whole plate"
+    )
+    kind = "observation or factor" if site["is_observed"] else "latent site"
     for plate in site["cond_indep_stack"]:
         if plate.full_size not in (None, plate.size):
             raise ValueError(
-                f"the latent site {name!r} is in the plate {plate.name!r}, of which {plate.size} "
-                f"of {plate.full_size} entries are drawn; particles cannot be weighted by a part "
-                "of their latents. Draw the whole plate."
+                f"the {kind} {name!r} is in the plate {plate.name!r}, of which {plate.size} "
+                f"of {plate.full_size} entries are drawn; {reason}."
             )
 
 
@@ -204,17 +211,17 @@ def _effects(trace: poutine.Trace) -> Iterator[Increment]:
     for name, site in sample_sites(trace):
         if site["infer"].get("_from_guide"):
             if not _is_deterministic(site):
-                yield _increment(name, site, -_guide_log_prob(site))
+                yield _increment(name, site, -_guide_log_prob(name, site))
         elif site["is_observed"]:
             if not _is_deterministic(site):
-                yield _increment(name, site, _log_prob(site))
+                yield _increment(name, site, _log_prob(name, site))
         elif "_left_alone" not in site:
             yield from _latent(name, site, site["infer"].get("prior", site["fn"]), site["fn"])
 
 
-def _guide_log_prob(site: Site) -> torch.Tensor:
+def _guide_log_prob(name: str, site: Site) -> torch.Tensor:
     """A factor as it is handled, or the density that an auxiliary value was drawn from."""
-    return _log_prob(site) if site["is_observed"] else _draw_log_prob(site)
+    return _log_prob(name, site) if site["is_observed"] else _draw_log_prob(site)
 
 
 def explicit_increments(
@@ -252,14 +259,14 @@ def _replayed(trace: poutine.Trace, guide_trace: poutine.Trace) -> Iterator[Incr
         model_site = trace.nodes.get(name)
         if model_site is None or model_site["type"] != "sample":
             _check_extra(name, site, trace)
-            yield _increment(name, site, -_guide_log_prob(site))
+            yield _increment(name, site, -_guide_log_prob(name, site))
         else:
             _check_shared(name, model_site, site)
             yield from _latent(name, model_site, model_site["fn"], site["fn"])
     for name, site in sample_sites(trace):
         if site["is_observed"]:
             if not _is_deterministic(site):
-                yield _increment(name, site, _log_prob(site))
+                yield _increment(name, site, _log_prob(name, site))
         elif name not in guide_trace and "_left_alone" not in site:
             yield from _latent(name, site, site["fn"], site["fn"])
 

@@ -311,8 +311,9 @@ def _place_name(place: int, shape: torch.Size, names: Any) -> str:
 def _token_names(model: Any) -> Any:
     """A function of a token to its name, from the tokenizer or vocabulary of the decoder."""
     decoder = getattr(model, "decoder", None)
-    if hasattr(decoder, "token_name"):
-        return decoder.token_name
+    named = getattr(decoder, "token_name", None)
+    if named is not None:
+        return named
     convert = getattr(getattr(decoder, "tokenizer", None), "convert_ids_to_tokens", None)
     if convert is not None:
         return convert

@@ -23,7 +23,7 @@ from pyro_twist.align.table import columns, remarks, summary_rows
 from pyro_twist.infer import ImportanceSampling
 from pyro_twist.rewards import Reward
 
-STEPS, SIZE = 4, 16
+STEPS, SIZE = 4, 32
 ALL = tuple(name for name, method in align.methods().items() if not method.needs)
 
 

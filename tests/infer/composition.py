@@ -15,7 +15,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["PAGE", "ROWS", "composes", "refuses", "table"]
+__all__ = ["MODULES", "PAGE", "ROWS", "composes", "refuses", "table"]
+
+#: The tests with rows, in the order of the page.
+MODULES = (
+    "tests.infer.test_handlers",
+    "tests.test_hierarchies",
+    "tests.test_preferences",
+    "tests.diffusion.test_products",
+    "tests.test_instrument",
+    "tests.infer.test_evidence",
+    "tests.infer.test_moves",
+    "tests.infer.test_views",
+    "tests.test_statespace",
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "composition_table.md"
 
@@ -42,6 +55,7 @@ class Row:
     meaning: str
     refused: bool
     test: str
+    module: str
 
 
 ROWS: list[Row] = []
@@ -59,7 +73,7 @@ def refuses(group: str, what: str, meaning: str) -> Callable[[_Test], _Test]:
 
 def _row(group: str, what: str, meaning: str, *, refused: bool) -> Callable[[_Test], _Test]:
     def registered(test: _Test) -> _Test:
-        ROWS.append(Row(group, what, meaning, refused, test.__name__))
+        ROWS.append(Row(group, what, meaning, refused, test.__name__, test.__module__))
         return test
 
     return registered
@@ -67,13 +81,19 @@ def _row(group: str, what: str, meaning: str, *, refused: bool) -> Callable[[_Te
 
 def table() -> str:
     """The page, from the rows in the order of the tests."""
-    groups = dict.fromkeys(row.group for row in ROWS)
+    for module in MODULES:
+        import_module(module)
+    groups = dict.fromkeys(row.group for row in _rows())
     return _HEAD + "".join(f"\n{_section(group)}" for group in groups)
+
+
+def _rows() -> list[Row]:
+    return sorted(ROWS, key=lambda row: MODULES.index(row.module))
 
 
 def _section(group: str) -> str:
     lines = [f"**{group}**", "", "| what | | how | test |", "| --- | --- | --- | --- |"]
-    for row in ROWS:
+    for row in _rows():
         if row.group == group:
             sign = "no" if row.refused else "yes"
             lines.append(f"| {row.what} | {sign} | {row.meaning} | `{row.test}` |")
@@ -82,7 +102,6 @@ def _section(group: str) -> str:
 
 def main() -> None:
     """Writes the page."""
-    import_module("tests.infer.test_handlers")
     shared = import_module("tests.infer.composition")
     PAGE.write_text(shared.table(), encoding="utf-8")
     print(f"{len(shared.ROWS)} rows in {PAGE}")

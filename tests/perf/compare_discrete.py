@@ -54,7 +54,7 @@ __all__ = ["ABLATIONS", "ARMS", "STUDY"]
 SEEDS = 20
 SIZES = (4, 8, 16)
 # samples of the base model; a fifth as many particles with a twist that was learnt beforehand
-REFERENCE_PARTICLES = {"molecules": 10_000, "text": 5_000}
+REFERENCE_PARTICLES = {"molecules": 3_000, "text": 1_500}
 
 
 def tree(name: str, share: float) -> Arm:
