@@ -26,6 +26,7 @@ from pyro_twist.align.told import told
 from pyro_twist.align.userrewards import make_rewards
 from pyro_twist.infer import RESAMPLING, ImportanceSampling, SMCFailed, SMCResult
 from pyro_twist.rewards import Reward, RewardTilted
+from pyro_twist.twists.learned import learned_parts
 
 __all__ = ["AlignmentFailed", "Progress", "ScoredModel", "run", "tilted_model"]
 
@@ -216,6 +217,7 @@ class _Job:
             passes=max(1, len(getattr(engine, "passes", ()))),
             twist=getattr(engine, "guide", None),
             iterations=tuple(getattr(engine, "iterations", ())),
+            learned_within=_learns_within(engine),
         )
         scores = score_arm(arm, self.domain, self.outcome.labels, self.indices)
         return replace(arm, scores=tuple(scores))
@@ -383,3 +385,10 @@ def _moments(values: Tensor | None) -> tuple[float | None, float | None, int, in
 def _rounded(value: float) -> float:
     """Three digits, so that the scale that is reported is the one that was used."""
     return float(f"{value:.3g}")
+
+
+def _learns_within(engine: Any) -> bool:
+    """Whether an engine has a twist that learns while a pass goes on."""
+    if not getattr(engine, "within", False):
+        return False
+    return any(part.learns_within for part in learned_parts(engine.guide))

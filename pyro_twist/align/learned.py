@@ -43,9 +43,9 @@ KINDS = ("push", "twist", "iterations")
 Part = str | Code | Table | Figure
 
 _ABOUT = (
-    "A twist is what a sampler knows about where its samples are going. {title} splits its budget "
-    "into passes and, after each but the last, learns the twist for the next from the paths drawn "
-    "so far: where to push them, and how far to trust an early look at the reward. The model is "
+    "A twist is what a sampler knows about where its samples are going. {title} learns it from the "
+    "paths drawn so far, while a pass goes on and after each pass but the last: where to push "
+    "them, and how far to trust an early look at the reward. The model is "
     "not retrained, no gradient of the reward is needed, and whatever is learned, the weights make "
     "up for it: a bad twist makes the estimates noisier, not wrong."
 )
@@ -142,7 +142,8 @@ def learned_section(arm: Arm, outcome: Outcome, pictures: Mapping[str, Figure]) 
     names = [f"{kind}-{arm.method.name}" for kind in KINDS]
     shown = [pictures[name] for name in names if name in pictures]
     parts: list[Part] = [_ABOUT.format(title=arm.method.title), *words, *shown]
-    parts += [_iterations_table(arm), *_reuse(arm, outcome)]
+    parts += [_iterations_table(arm)] if arm.iterations else []
+    parts += _reuse(arm, outcome)
     return Section(f"What {arm.method.title} has learned", parts)
 
 

@@ -117,7 +117,9 @@ class Arm:
     :param int passes: The number of passes.
     :param float seconds: What the run took, learning included.
     :param twist: The guide that it ran with at the end, if it has one.
-    :param tuple iterations: The :class:`~pyro_twist.infer.Iteration` of each time that it learned.
+    :param tuple iterations: The :class:`~pyro_twist.infer.Iteration` of each time that it learned
+        between passes.
+    :param bool learned_within: Whether it learned while a pass went on.
     :param tuple scores: A :class:`Score` for each population.
     """
 
@@ -133,6 +135,7 @@ class Arm:
     seconds: float = 0.0
     twist: Any = None
     iterations: tuple[Any, ...] = ()
+    learned_within: bool = False
     scores: tuple[Score, ...] = ()
 
     @property
@@ -162,7 +165,7 @@ class Arm:
     @property
     def has_learned(self) -> bool:
         """Whether the method has learned a twist on the way."""
-        return bool(self.iterations)
+        return bool(self.iterations) or self.learned_within
 
 
 @dataclass

@@ -118,8 +118,8 @@ def test_iterations_are_plotted(tmp_path: Path) -> None:
     assert (tmp_path / "iterations-tri-tsmc.png").stat().st_size > 5000
 
 
-def test_too_few_particles_to_learn(tmp_path: Path) -> None:
-    outcome = run(tmp_path, particles=4)
+def test_methods_that_do_not_learn_have_no_page_of_it(tmp_path: Path) -> None:
+    outcome = run(tmp_path, methods=("fk",))
     assert outcome.learned == {}
     assert twist_file(outcome.arm("tri-tsmc"), outcome) is None
     assert "has learned" not in page(outcome)
