@@ -121,7 +121,7 @@ def test_iterations_are_plotted(tmp_path: Path) -> None:
 def test_methods_that_do_not_learn_have_no_page_of_it(tmp_path: Path) -> None:
     outcome = run(tmp_path, methods=("fk",))
     assert outcome.learned == {}
-    assert twist_file(outcome.arm("tri-tsmc"), outcome) is None
+    assert twist_file(outcome.arm("fk"), outcome) is None
     assert "has learned" not in page(outcome)
     assert "twist.safetensors" not in files(tmp_path)
 
