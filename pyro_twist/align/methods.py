@@ -18,10 +18,8 @@ from pyro_twist.infer import (
     TreeSearch,
     TrustRegionTwist,
     TwistedSMC,
-    default_twist,
 )
 from pyro_twist.twists import LookaheadTwist
-from pyro_twist.twists.learned import learned_parts
 
 __all__ = ["Method", "Setting", "default_methods", "find_methods", "methods", "register_method"]
 
@@ -177,14 +175,12 @@ def _tree_search(setting: Setting) -> Runnable:
 
 def _trust_region(setting: Setting) -> Runnable:
     """
-    As many passes as leave every one enough particles, at most four: sixteen where the twist
-    learns within a pass as well, four where it learns between passes alone.
+    As many passes as leave every one four particles, at most four. One pass of all particles is no
+    better on the emoji job (docs/decisions.md) and says less of what was learnt.
     """
-    guide = default_twist(setting.model)
-    within = any(part.learns_within for part in learned_parts(guide))
-    passes = max(1, min(4, setting.num_particles // (16 if within else 4)))
+    passes = max(1, min(4, setting.num_particles // 4))
     options = {**setting.resampled, "num_particles": setting.num_particles // passes}
-    return TrustRegionTwist(setting.model, guide, num_iterations=passes - 1, **options)
+    return TrustRegionTwist(setting.model, None, num_iterations=passes - 1, **options)
 
 
 register_method(
@@ -243,8 +239,8 @@ register_method(
     Method(
         "tri-tsmc",
         "TRI-TSMC",
-        "Learns how to steer while it samples (trust-region twisted SMC), within a pass on images "
-        "and between up to four passes, which are pooled.",
+        "Splits the budget into up to four passes, learns from each how to steer the next "
+        "(trust-region twisted SMC), and pools them.",
         "samples of the tilted law",
         _trust_region,
         default=True,

@@ -173,7 +173,7 @@ def test_files(tmp_path: Path) -> None:
     assert page == tmp_path / "report.html"
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
     plots = {"grid.png", "rewards.png", "steps-fk.png", "steps-tri-tsmc.png"}
-    learned = {f"{kind}-tri-tsmc.png" for kind in ("push", "twist")}  # in one pass
+    learned = {f"{kind}-tri-tsmc.png" for kind in ("push", "twist", "iterations")}
     arms = {f"samples/{name}.npz" for name in ("base", "best-of-n", "fk", "tri-tsmc")}
     assert names == {"report.html", "results.json", "twist.safetensors", *plots, *learned, *arms}
     text = page.read_text(encoding="utf-8")
@@ -327,16 +327,15 @@ def test_progress_adds_up(tmp_path: Path) -> None:
 
 
 def test_ancestors_are_counted(tmp_path: Path) -> None:
-    size = 32  # in two passes of TRI-TSMC
-    outcome = run(tmp_path, methods=ALL, classes=("3", "8"), particles=size)
+    outcome = run(tmp_path, methods=ALL, classes=("3", "8"))
     diagnostics = outcome.arm("fk").result.diagnostics
     assert diagnostics is not None
-    first = diagnostics.lineages()[0].reshape(size, 2)
+    first = diagnostics.lineages()[0].reshape(SIZE, 2)
     for p, score in enumerate(outcome.arm("fk").scores):
-        assert score.ancestors == len(first[:, p].unique()) < size
+        assert score.ancestors == len(first[:, p].unique()) < SIZE
         assert score.ess_min == diagnostics.ess.reshape(-1, 2)[:, p].min()
-        assert score.distinct <= size
-        assert outcome.arm("base").scores[p].ancestors == size
+        assert score.distinct <= SIZE
+        assert outcome.arm("base").scores[p].ancestors == SIZE
         assert outcome.arm("best-of-n").scores[p].ancestors is None
         assert outcome.arm("tri-tsmc").scores[p].ancestors is None
     assert "tri-tsmc pools several passes or" in " ".join(remarks(outcome))

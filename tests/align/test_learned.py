@@ -23,7 +23,7 @@ from pyro_twist.infer import ImportanceSampling, SMCResult, TrustRegionTwist, Tw
 from pyro_twist.twists import LearnedTwist, tilt
 from pyro_twist.twists.summary import Direction, Panel
 
-STEPS, SIZE = 6, 32
+STEPS, SIZE = 6, 16
 
 
 def run(tmp_path: Path, **options: Any) -> Outcome:
@@ -150,7 +150,7 @@ def test_what_is_no_image_is_told_in_words(tmp_path: Path, mine: None) -> None:
 
 def test_diagnostics_are_those_of_the_last_pass(tmp_path: Path) -> None:
     outcome = run(tmp_path)
-    for name, passes in (("tri-tsmc", 2), ("fk", 1)):
+    for name, passes in (("tri-tsmc", 4), ("fk", 1)):
         arm = outcome.arm(name)
         assert (arm.passes, arm.last.num_particles) == (passes, SIZE // passes)
         assert arm.result.num_particles == SIZE
