@@ -118,11 +118,12 @@ def _(twist: CalibratedLookahead, at: torch.Tensor | None = None) -> list[Panel]
 @summarise.register
 def _(twist: DiscountedLookahead, at: torch.Tensor | None = None) -> list[Panel]:
     exponent, _ = twist.prior
+    target = "next" if twist.completions is None else "end of its path"
     text = (
         f"{_SLOPE} It is the share of the end that is known, which grows step by step, to the "
         f"power of {float(twist.exponent):.2g}, an exponent found by how far each look carried "
-        "over to the next: 0 believes every look, and the larger it is, the less are early looks "
-        f"believed. The line is the slope before learning, with the exponent {exponent:g}."
+        f"over to the {target}: 0 believes every look, and the larger it is, the less are early "
+        f"looks believed. The line is the slope before learning, with the exponent {exponent:g}."
     )
     return [_slopes(twist, text, twist.slopes_before)]
 
