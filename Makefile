@@ -26,7 +26,7 @@ extras-docs := docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean compare-discrete compare-discrete-full
+.PHONY: preferences calibration help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean compare-discrete compare-discrete-full
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -74,7 +74,7 @@ bench: $(VENV)/.installed-test  ## run the benchmarks, JSON into results/bench
 	    $(BIN)/python -m "tests.perf.$$name" --out "results/bench/$$name.json" $(ARGS); \
 	done
 
-statespace: $(VENV)/.installed-test  ## log-likelihoods of state-space models, 15 minutes
+statespace: $(VENV)/.installed-test  ## log-likelihoods of state-space models, some 15 minutes
 	@$(BIN)/python -m tests.perf.statespace --out docs/_static/benchmarks/statespace.json $(ARGS)
 
 amortisation: $(VENV)/.installed-test  ## a fitted twist used again, 2 minutes
@@ -91,6 +91,12 @@ compare-discrete: $(VENV)/.installed-test  ## the same comparison on molecules a
 
 compare-discrete-full: $(VENV)/.installed-test  ## with all seeds at the largest size and ablations
 	@$(BIN)/python -m tests.perf.compare_discrete --full $(ARGS)
+
+preferences: $(VENV)/.installed-test  ## a taste learnt from favourites, round by round
+	@$(BIN)/python -m tests.perf.preferences --out docs/_static/benchmarks/preferences.json $(ARGS)
+
+calibration: $(VENV)/.installed-test  ## coverage of pictures and instruments on digits
+	@$(BIN)/python -m tests.perf.calibration $(ARGS)
 
 ci:  ## everything that is checked before a merge
 	@.ci/run
