@@ -175,8 +175,8 @@ def _tree_search(setting: Setting) -> Runnable:
 
 def _trust_region(setting: Setting) -> Runnable:
     """
-    As many passes as leave every one four particles, at most four. One pass of all particles is no
-    better on the emoji job (docs/decisions.md) and says less of what was learnt.
+    As many passes as leave every one four particles, at most four, whose table the page shows
+    (docs/decisions.md).
     """
     passes = max(1, min(4, setting.num_particles // 4))
     options = {**setting.resampled, "num_particles": setting.num_particles // passes}

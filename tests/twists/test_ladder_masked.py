@@ -80,8 +80,8 @@ def test_calibrated_slopes_are_the_share_that_is_known() -> None:
 
 def test_resampling_does_not_matter() -> None:
     """
-    Weights go back to the law that paths were drawn from: within five times the standard deviation
-    of the mean of four seeds, 0.055. Without them it is 1.5.
+    Weights go back to the law that paths were drawn from: the mean of four seeds, whose standard
+    deviation is 0.055, is near 1. Without them it is 1.5.
     """
     model = uniform(additive(SIGNS), scale=1.0)
     found = []
@@ -90,7 +90,7 @@ def test_resampling_does_not_matter() -> None:
         smc = TrustRegionTwist(model, twist, 3000, seed=seed, ess_threshold=1.0, progress=False)
         smc.fit(1)
         found.append(float(twist.exponent))
-    assert sum(found) / 4 == pytest.approx(1.1, abs=0.28)
+    assert sum(found) / 4 == pytest.approx(1.0, abs=0.25)
 
 
 def test_prompts_of_different_lengths_have_slopes_of_their_own(tmp_path: Path) -> None:

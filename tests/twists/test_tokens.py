@@ -232,9 +232,9 @@ def test_tokens_that_are_not_tilted_any_more_are_not_proposed_as_if() -> None:
 def test_the_surrogate_learns_what_tokens_are_worth() -> None:
     model = tilted(chain(num_inference_steps=4), additive(WORTH))
     twist = TokenSurrogate(model)
-    TrustRegionTwist(model, LookaheadTwist(model) + twist, 100, seed=0, progress=False).fit(2)
-    # sequences that only paths left out have seen keep it from 1; over seeds it is 0.89 to 0.997
-    assert twist.score > 0.8
+    # many, as sequences that only paths left out have seen keep the score from 1
+    TrustRegionTwist(model, LookaheadTwist(model) + twist, 16_000, seed=0, progress=False).fit(2)
+    assert twist.score > 0.99
     found = twist.beta[0, :3] - twist.beta[0, 0]
     assert torch.allclose(found, WORTH[:3] - WORTH[0], atol=0.05)
     assert float(twist.theta.detach()) == pytest.approx(1.0, abs=0.4)
