@@ -48,9 +48,11 @@ def loaded_after(code: str) -> set[str]:
     return set(run(code + report).splitlines()[-1].split())
 
 
-def cpu_seconds(code: str) -> float:
-    """Processor time of a fresh interpreter, which other load on the machine distorts least."""
-    return float(run(code + "\nimport time; print(time.process_time())").splitlines()[-1])
+def share_of_names() -> float:
+    """Processor time of the public names against Pyro's own, in one fresh interpreter."""
+    clock = "from time import process_time as now; start = now()\n"
+    timed = f"{clock}import pyro; between = now()\n{ALL_NAMES}\nend = now()\n"
+    return float(run(timed + "print((end - between) / (between - start))").splitlines()[-1])
 
 
 def test_import_loads_next_to_nothing() -> None:
@@ -63,9 +65,8 @@ def test_public_names_load_nothing_heavy() -> None:
 
 
 def test_public_names_cost_little_more_than_pyro() -> None:
-    pairs = [(cpu_seconds("import pyro"), cpu_seconds(ALL_NAMES)) for _ in range(3)]
-    pyro_alone, both = (median(seconds) for seconds in zip(*pairs))
-    assert both < pyro_alone + 0.3
+    # a ratio within one process, and the least of five: load on the machine weighs on both parts
+    assert min(share_of_names() for _ in range(5)) < 0.25
 
 
 def test_help_is_quick() -> None:

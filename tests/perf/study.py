@@ -71,13 +71,13 @@ class Study:
         task = self.tasks[job.task]
         model = self._warm(task)
         torch.manual_seed(job.seed)  # for rewards that draw noise
-        start, before = time.perf_counter(), dict(model.counts)
+        start, before = time.process_time(), dict(model.counts)
         try:
             found = self._find(name)(model, job.size, job.seed)
         except SMCFailed:  # a hard constraint that no particle meets: an estimate of zero
             spent = {key: value - before[key] for key, value in model.counts.items()}
             return [_failed(job, label, spent) for label in self.labels.get(name, (name,))]
-        seconds = round(time.perf_counter() - start, 3)
+        seconds = round(time.process_time() - start, 3)
         row = {"task": task.name, "size": job.size, "seed": job.seed, "seconds": seconds}
         return [
             {**row, "arm": label, **self.figures(task, label, result)}

@@ -99,7 +99,7 @@ _LIST = [
         "a value to be met",
         {"logp": _molecule("logp", target=5.0)},
         {"logp": 0.98},
-        4,
+        6,
         {"logp": -0.5},
     ),
     SequenceTask(
@@ -117,7 +117,7 @@ _LIST = [
         "synthetic accessibility",
         {"accessible": _molecule("accessible")},
         {"accessible": 0.95},
-        4,
+        8,
         {"accessible": -1.7},
     ),
     SequenceTask(
@@ -145,7 +145,7 @@ _LIST = [
         "classifier of rare texts",
         {"toxicity": _text("toxicity")},
         {"toxicity": 1.16},
-        3,
+        5,
         {"toxicity": -0.693},
     ),
     SequenceTask(
