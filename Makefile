@@ -26,7 +26,7 @@ extras-docs := docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: preferences calibration help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean compare-discrete compare-discrete-full
+.PHONY: matrix preferences calibration help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean compare-discrete compare-discrete-full
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -91,6 +91,9 @@ compare-discrete: $(VENV)/.installed-test  ## the same comparison on molecules a
 
 compare-discrete-full: $(VENV)/.installed-test  ## with all seeds at the largest size and ablations
 	@$(BIN)/python -m tests.perf.compare_discrete --full $(ARGS)
+
+matrix: $(VENV)/.installed-test  ## every algorithm, twist, threshold and scheme on exact models
+	@$(BIN)/python -m tests.matrix $(ARGS)
 
 preferences: $(VENV)/.installed-test  ## a taste learnt from favourites, round by round
 	@$(BIN)/python -m tests.perf.preferences --out docs/_static/benchmarks/preferences.json $(ARGS)

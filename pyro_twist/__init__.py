@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_twist import (
+        algorithms,
         align,
         diffusion,
         handlers,
@@ -30,19 +31,29 @@ if TYPE_CHECKING:
         viz,
         zoo,
     )
+    from pyro_twist.algorithms import compare
     from pyro_twist.diffusion import (
         GaussianDenoiser,
         GaussianDiffusion,
         GaussianMixtureDenoiser,
         MaskedDiffusion,
         MixtureOfModels,
+        ProductCorrector,
         ProductOfModels,
+        RewardCorrector,
     )
     from pyro_twist.hierarchies import SetOf, mixture
     from pyro_twist.infer import (
+        SVDD,
+        BeamSearch,
         BestOfN,
+        BlockSearch,
+        ControlledSMC,
         EvidenceGradient,
         ImportanceSampling,
+        NestedSMC,
+        ParticleGibbs,
+        PsiSampler,
         SMCResult,
         TreeSearch,
         TrustRegionTwist,
@@ -62,29 +73,46 @@ if TYPE_CHECKING:
         text_reward,
     )
     from pyro_twist.statespace import Compartmental, TimeSeries
-    from pyro_twist.twists import LookaheadTwist, Twist
+    from pyro_twist.twists import (
+        GradientTwist,
+        GuidedTwist,
+        LookaheadTwist,
+        Twist,
+        guided,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoLatents",
+    "BeamSearch",
     "BestOfN",
+    "BlockSearch",
     "Compartmental",
+    "ControlledSMC",
     "EvidenceGradient",
     "GaussianDenoiser",
     "GaussianDiffusion",
     "GaussianMixtureDenoiser",
+    "GradientTwist",
+    "GuidedTwist",
     "ImportanceSampling",
     "JointTwist",
     "LookaheadTwist",
     "MaskedDiffusion",
     "MixtureOfModels",
+    "NestedSMC",
+    "ParticleGibbs",
     "Preferences",
+    "ProductCorrector",
     "ProductOfModels",
+    "PsiSampler",
     "Reward",
+    "RewardCorrector",
     "RewardError",
     "RewardTilted",
     "SMCResult",
+    "SVDD",
     "SetOf",
     "Tilted",
     "TimeSeries",
@@ -94,8 +122,11 @@ __all__ = [
     "TwistedSMC",
     "WithLatents",
     "__version__",
+    "algorithms",
     "align",
+    "compare",
     "diffusion",
+    "guided",
     "handlers",
     "hierarchies",
     "image_reward",
@@ -115,6 +146,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "algorithms": ("compare",),
     "align": (),
     "diffusion": (
         "GaussianDenoiser",
@@ -122,15 +154,24 @@ _HOMES = {
         "GaussianMixtureDenoiser",
         "MaskedDiffusion",
         "MixtureOfModels",
+        "ProductCorrector",
         "ProductOfModels",
+        "RewardCorrector",
     ),
     "handlers": (),
     "hierarchies": ("SetOf", "mixture"),
     "infer": (
+        "BeamSearch",
         "BestOfN",
+        "BlockSearch",
+        "ControlledSMC",
         "EvidenceGradient",
         "ImportanceSampling",
+        "NestedSMC",
+        "ParticleGibbs",
+        "PsiSampler",
         "SMCResult",
+        "SVDD",
         "TreeSearch",
         "TrustRegionTwist",
         "TwistedSMC",
@@ -149,7 +190,13 @@ _HOMES = {
         "text_reward",
     ),
     "statespace": ("Compartmental", "TimeSeries"),
-    "twists": ("LookaheadTwist", "Twist"),
+    "twists": (
+        "GradientTwist",
+        "GuidedTwist",
+        "LookaheadTwist",
+        "Twist",
+        "guided",
+    ),
     "viz": (),
     "zoo": (),
 }

@@ -36,6 +36,7 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.do_messenger import DoMessenger
+from pyro.poutine.equalize_messenger import EqualizeMessenger
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.lift_messenger import LiftMessenger
 from pyro.poutine.messenger import Messenger
@@ -326,7 +327,8 @@ def handle(model: Any, handler: Messenger) -> Handled:
         ``poutine.scale(scale=2.0)``, or a plate.
     :returns: A model.
     :rtype: Handled
-    :raises ValueError: If ``model`` has no ``init`` and ``step``, or ``handler`` is no handler.
+    :raises ValueError: If ``model`` has no ``init`` and ``step``, ``handler`` is no handler, or it
+        is one that relates sites of several steps, as ``poutine.equalize`` does.
     """
     if not (callable(getattr(model, "init", None)) and callable(getattr(model, "step", None))):
         raise ValueError(
@@ -337,6 +339,11 @@ def handle(model: Any, handler: Messenger) -> Handled:
         raise ValueError(
             f"handler={handler!r} is no handler such as poutine.scale(scale=2.0); guides are given "
             "to the inference class"
+        )
+    if isinstance(handler, EqualizeMessenger):
+        raise ValueError(
+            "poutine.equalize gives several sites one value, but steps are handled one by one; "
+            "draw what they share once, in a WithLatents"
         )
     for kind, handled in _HANDLED.items():
         if isinstance(handler, kind):

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -224,6 +225,8 @@ class _AsEvent(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) or not isinstance(msg["fn"], TorchDistributionMixin):
             return
+        if msg["infer"].get("_deterministic") and not msg["fn"].batch_shape:
+            return
         self._check(msg)
         fn = _as_event(msg["fn"], self.size, msg["name"])
         if msg["value"] is not None:
@@ -312,21 +315,31 @@ def over_set(
         numbers.
     :raises ValueError: If ``reduce`` is none of these.
     """
-    reductions: dict[str, Callable[[Tensor], Tensor]] = {
-        "sum": lambda values: values.sum(-1),
-        "mean": lambda values: values.mean(-1),
-        "min": lambda values: values.amin(-1),
-        "max": lambda values: values.amax(-1),
-    }
-    if reduce not in reductions:
-        raise ValueError(f"reduce={reduce!r}; choose one of {tuple(reductions)}")
-
-    def of_sets(samples: Tensor) -> Tensor:
-        values = torch.as_tensor(reward(samples.flatten(0, 1)))
-        return reductions[reduce](values.reshape(samples.shape[:2]))
-
+    if reduce not in _REDUCTIONS:
+        raise ValueError(f"reduce={reduce!r}; choose one of {tuple(_REDUCTIONS)}")
+    of_sets: Any = partial(_of_sets, reward, reduce)
     of_sets.__name__ = f"{reduce} of {getattr(reward, 'name', 'rewards')}"
-    return of_sets
+    found: Callable[[Tensor], Tensor] = of_sets
+    return found
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda values: values.sum(-1),
+    "mean": lambda values: values.mean(-1),
+    "min": lambda values: values.amin(-1),
+    "max": lambda values: values.amax(-1),
+}
+
+
+def _of_sets(reward: Callable[[Any], Any], reduce: str, samples: Tensor) -> Tensor:
+    number, size = samples.shape[:2]
+    values = torch.as_tensor(reward(samples.flatten(0, 1)))
+    if values.shape != (number * size,):
+        raise ValueError(
+            f"the reward returned shape {tuple(values.shape)} for {number} sets of {size}; return "
+            f"one number for each of {number * size} samples"
+        )
+    return _REDUCTIONS[reduce](values.reshape(number, size))
 
 
 def mixture(

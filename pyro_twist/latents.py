@@ -23,6 +23,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Bernoulli, Categorical, Delta, OneHotCategorical
 from pyro.infer.autoguide.effect import AutoMessenger, AutoRegressiveMessenger
+from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.infer.autoguide.utils import deep_setattr
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
@@ -97,6 +98,17 @@ class WithLatents(ModelWrapper):
         for name, value in drawn.items():
             state[name] = value
         self.model.init(state, *args, **kwargs)
+        _check_kept(state, drawn)
+
+
+def _check_kept(state: Any, drawn: Mapping[str, Any]) -> None:
+    """A latent that the model overwrites would be drawn, weighed and never seen."""
+    for name, value in drawn.items():
+        if state[name] is not value:
+            raise ValueError(
+                f"the model writes state[{name!r}], where the latent of that name was put; return "
+                "it from the prior under another name"
+            )
 
 
 class AutoLatents(AutoRegressiveMessenger):
@@ -105,29 +117,36 @@ class AutoLatents(AutoRegressiveMessenger):
 
     Continuous latents are moved and stretched in unconstrained space, as by Pyro's
     :class:`~pyro.infer.autoguide.effect.AutoRegressiveMessenger`; those with logits
-    (``Categorical``, ``OneHotCategorical``, ``Bernoulli``) have theirs shifted. Latents are
-    independent except for what the prior says.
+    (``Categorical``, ``OneHotCategorical``, ``Bernoulli``) have theirs shifted, for each entry of
+    an event and of the model's plates by itself; other discrete ones are left to the prior. Latents
+    are independent except for what the prior says.
 
     :param model: The model.
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model, init_scale=1.0)
+        # at a scale of one the start is zero wherever it is looked for, if only it is finite
+        super().__init__(model, init_loc_fn=init_to_feasible, init_scale=1.0)
 
     def get_posterior(self, name: str, prior: Any) -> Any:
         """The prior with its parameters moved."""
         base = prior.base_dist if isinstance(prior, torch.distributions.Independent) else prior
-        if not isinstance(base, (Bernoulli, Categorical, OneHotCategorical)):
-            return super().get_posterior(name, prior)
-        shape = prior.event_shape if isinstance(base, Bernoulli) else base.param_shape[-1:]
-        moved = type(base)(logits=base.logits + self._shift(name, shape))
+        if isinstance(base, (Bernoulli, Categorical, OneHotCategorical)):
+            return self._shifted(name, prior, base)
+        return prior if prior.support.is_discrete else super().get_posterior(name, prior)
+
+    def _shifted(self, name: str, prior: Any, base: Any) -> Any:
+        classes = base.param_shape[-1:] if isinstance(base, Categorical) else ()
+        shift = self._shift(name, prior.batch_shape, prior.event_shape + classes)
+        moved = type(base)(logits=base.logits + shift)
         return moved.to_event(prior.event_dim - base.event_dim)
 
-    def _shift(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def _shift(self, name: str, batch: torch.Size, event: torch.Size) -> torch.Tensor:
         try:
             shift: torch.Tensor = attrgetter(name)(self.shifts)
         except AttributeError:
-            deep_setattr(self, f"shifts.{name}", torch.nn.Parameter(torch.zeros(shape)))
+            zeros = self._adjust_plates(torch.zeros(batch + event), len(event))
+            deep_setattr(self, f"shifts.{name}", torch.nn.Parameter(zeros))
             shift = attrgetter(name)(self.shifts)
         return shift
 
@@ -376,13 +395,16 @@ def recorded_steps(twist: Any, steps: Sequence[PathStep]) -> list[PathStep]:
 
 def _chooser(sites: Collection[str] | Callable[[str], bool] | None) -> Callable[[str], bool]:
     if sites is None:
-        return lambda name: _TRAJECTORY.fullmatch(name) is None
+        return _is_beside
     if callable(sites):
         return sites
     if isinstance(sites, str):
         raise ValueError(f"sites={sites!r}; give a collection of names, as in sites=[{sites!r}]")
-    names = frozenset(sites)
-    return lambda name: name in names
+    return frozenset(sites).__contains__
+
+
+def _is_beside(name: str) -> bool:
+    return _TRAJECTORY.fullmatch(name) is None
 
 
 def _trace_of(values: Mapping[str, torch.Tensor]) -> poutine.Trace:

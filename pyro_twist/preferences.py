@@ -29,6 +29,7 @@ Terry [2]: with utilities :math:`u_i`, the first choice is :math:`i` with probab
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from typing import Any, Literal, Self, get_args
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_sample
 from pyro.optim import ClippedAdam
@@ -189,7 +191,7 @@ class Preferences:
     :param torch.nn.Module network: What makes utilities, of shape ``(..., 1)``, of standardised
         features, of shape ``(..., num_features)``, instead of a linear function. Its parameters'
         priors have the standard deviation ``prior_scale``, divided by the square root of the number
-        of inputs for matrices.
+        of inputs for matrices. A copy of it, in evaluation mode, is used.
     :param guide: A class of Pyro's automatic guides, or another function from a model to a guide
         that returns a dict of the latents; by default ``AutoMultivariateNormal`` up to 60
         parameters, ``AutoNormal`` beyond.
@@ -215,8 +217,10 @@ class Preferences:
         guide: Callable[..., Any] | None = None,
         input: Input = "tensor",
     ) -> None:
-        if not prior_scale > 0:
-            raise ValueError(f"prior_scale={prior_scale}; give a positive number")
+        if not 0 < prior_scale < math.inf:
+            raise ValueError(f"prior_scale={prior_scale}; give a positive, finite number")
+        if network is not None and not list(network.parameters()):
+            raise ValueError(f"network={network!r} has no parameters to learn")
         self._functions, self._names = _feature_functions(features, names)
         self.prior_scale, self.input, self.guide = prior_scale, input, guide
         self.choices: list[Choice] = []
@@ -317,8 +321,7 @@ class Preferences:
         :returns: Itself.
         """
         better, worse = (_batch_of(samples, self.input) for samples in (better, worse))
-        if len(better) != len(worse):
-            raise ValueError(f"better has {len(better)} samples, worse {len(worse)}; give as many")
+        _check_as_many(better=better, worse=worse)
         pairs = torch.stack([self.features(better).detach(), self.features(worse).detach()], 1)
         for pair in pairs:
             self._add(pair, (0,), ordered=True, standard=pairs.flatten(0, 1))
@@ -332,9 +335,8 @@ class Preferences:
         :param chosen: The indices of those marked, one to eight, and not all.
         :returns: Itself.
         """
-        chosen = _indices(chosen)
         features = self.features(samples).detach()
-        _check_indices("chosen", chosen, len(features))
+        chosen = _indices("chosen", chosen, len(features))
         if len(chosen) == len(features):
             raise ValueError(f"all {len(chosen)} samples are chosen, which says nothing of taste")
         if len(chosen) > _MOST_FAVOURITES:
@@ -351,10 +353,8 @@ class Preferences:
         :param order: The indices of the samples, the best first; those left out come after.
         :returns: Itself.
         """
-        order = _indices(order)
         features = self.features(samples).detach()
-        _check_indices("order", order, len(features))
-        return self._add(features, order, ordered=True)
+        return self._add(features, _indices("order", order, len(features)), ordered=True)
 
     def _add(
         self,
@@ -379,7 +379,8 @@ class Preferences:
         """The network, whose own parameters give nothing but shapes."""
         if self._network is None:
             linear = partial(skip_init, torch.nn.Linear, len(self.names), 1, bias=False)
-            self._network = self._given_network or linear()
+            given = copy.deepcopy(self._given_network)
+            self._network = (given or linear()).eval()
         return self._network
 
     def _parameters(self) -> Iterator[tuple[str, torch.Size, float]]:
@@ -402,7 +403,7 @@ class Preferences:
         for number, kind in enumerate(kinds):
             some = [choice for choice in self.choices if choice.kind == kind]
             features = self._standardised(torch.stack([choice.features for choice in some]))
-            utilities = self._utilities(features.float(), drawn)
+            utilities = self._utilities(features, drawn)
             family = PlackettLuce if kind[2] else Favourites
             chosen = torch.tensor([choice.chosen for choice in some])
             with pyro.plate(f"choices_{number}", len(some), dim=-1):
@@ -415,6 +416,7 @@ class Preferences:
         names = {site: shape for site, shape, _ in self._parameters()}
         own = dict(zip(names, dict(network.named_parameters()), strict=True))
         first = next(iter(names))
+        features = features.to(drawn[first].dtype)
         batch = drawn[first].shape[: drawn[first].dim() - len(names[first])]
         flat = {own[s]: drawn[s].reshape((-1,) + shape) for s, shape in names.items()}
         if self._is_linear:
@@ -423,6 +425,7 @@ class Preferences:
             # one after the other: the first vmap of a process would take seconds to load
             ones = [{k: v[i] for k, v in flat.items()} for i in range(batch.numel())]
             found = torch.stack([functional_call(network, one, (features,)) for one in ones])
+            _check_output(found.shape[1:], features.shape)
             found = found[..., 0]
         # a dim of one for the plate of choices is in the batch of vectorised draws
         return found.reshape(batch[:-1] + found.shape[1:] if batch else found.shape[1:])
@@ -441,29 +444,38 @@ class Preferences:
         """
         Approximates the posterior of the taste given all choices so far.
 
-        Pyro's parameter store is left as it was.
+        Pyro's parameter store is left as it was, and handlers outside see nothing of the fit.
 
         :param int num_steps: Steps of the optimiser.
-        :param float learning_rate: That of the first steps; it falls to a hundredth of it.
+        :param float learning_rate: That of the first steps, for weights in units of ``prior_scale``
+            where this is above one; it falls to a hundredth of it.
         :param int num_particles: Draws of the guide in each step.
         :param int num_draws: Draws of the posterior to keep.
         :param int seed: Makes the fit depend on nothing but the choices and this seed.
         :returns: Itself.
-        :raises ValueError: If there are no choices.
+        :raises ValueError: If there are no choices, a number is not positive, or the fit diverges.
         """
         if not self.choices:
             raise ValueError("there are no choices to learn from; add some with favourites(...)")
-        with RandomStream(seed)(), pyro.get_param_store().scope():
+        _check_counts(num_steps=num_steps, num_particles=num_particles, num_draws=num_draws)
+        with RandomStream(seed)(), pyro.get_param_store().scope(), poutine.block():
             guide = self._made_guide()
-            decay = 0.01 ** (1 / max(num_steps, 1))
-            optimizer = ClippedAdam({"lr": learning_rate, "lrd": decay})
+            decay = 0.01 ** (1 / num_steps)
+            # as wide a posterior of weights takes as long steps
+            unit = max(1.0, self.prior_scale) if self._is_linear else 1.0
+            optimizer = ClippedAdam({"lr": learning_rate * unit, "lrd": decay})
             elbo = Trace_ELBO(num_particles, max_plate_nesting=1, vectorize_particles=True)
             svi = SVI(self.model, guide, optimizer, elbo)
             self.losses = [float(svi.step()) for _ in range(num_steps)]
             with torch.no_grad():
                 drawn = [guide() for _ in range(num_draws)]
         sites = [name for name, _, _ in self._parameters()]
-        self._draws = {name: torch.stack([one[name] for one in drawn]).detach() for name in sites}
+        draws = {name: torch.stack([one[name] for one in drawn]).detach() for name in sites}
+        if not all(bool(value.isfinite().all()) for value in draws.values()):
+            raise ValueError(
+                f"the fit diverged with learning_rate={learning_rate}; try a lower one"
+            )
+        self._draws = draws
         return self
 
     def _made_guide(self) -> Any:
@@ -507,7 +519,10 @@ class Preferences:
         The weights with intervals, as text.
 
         :param float level: The posterior probability of an interval.
+        :raises ValueError: If ``level`` is none, or the utility is not linear.
         """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level}; give a probability between 0 and 1, such as 0.9")
         low, high = (self.weights.quantile(q, 0) for q in ((1 - level) / 2, (1 + level) / 2))
         width = max(len(name) for name in self.names)
         lines = [f"{'feature':<{width}}  weight  {100 * level:.0f} % interval"]
@@ -526,7 +541,7 @@ class Preferences:
         features = self._standardised(self.features(samples))
         # the dim of one stands for that of choices
         drawn = {name: value[:, None].to(features.device) for name, value in self.draws.items()}
-        return self._utilities(features.float(), drawn).double()
+        return self._utilities(features, drawn).double()
 
     def probability(self, first: Any, second: Any) -> Tensor:
         """
@@ -535,7 +550,9 @@ class Preferences:
         :param first: A batch of ``B`` samples.
         :param second: As many.
         :returns: Of shape ``(B,)``.
+        :raises ValueError: If there are not as many.
         """
+        _check_as_many(first=first, second=second)
         return (self.utilities(first) - self.utilities(second)).sigmoid().mean(0)
 
     def suggest(self, samples: Any, size: int) -> list[int]:
@@ -609,6 +626,8 @@ class Preferences:
             )
         if caution and posterior != "mean":
             raise ValueError(f"caution={caution} is for posterior='mean', not {posterior!r}")
+        if caution and self.num_draws < 2:
+            raise ValueError(f"caution={caution} needs two or more draws; fit with num_draws=200")
         if posterior == "draw" and not 0 <= draw < self.num_draws:
             raise ValueError(f"draw={draw}; there are {self.num_draws}")
         frozen = self._frozen()
@@ -753,8 +772,14 @@ class SimulatedRater:
         :param samples: A batch.
         :param int num_ranked: How many places to give, all by default.
         :returns: Indices, the best first.
+        :raises ValueError: If the utility is not one number for each sample.
         """
         utilities = torch.as_tensor(self.utility(samples)).detach().double().cpu()
+        if utilities.shape != (len(samples),) or bool(utilities.isnan().any()):
+            raise ValueError(
+                f"utility returned {tuple(utilities.shape)} numbers for {len(samples)} samples, "
+                f"{int(utilities.isnan().sum())} of them NaN; return one for each"
+            )
         with self._stream():
             order: list[int] = PlackettLuce(utilities, num_ranked).sample().tolist()
         return order
@@ -787,14 +812,36 @@ def _feature_functions(
     return [image_reward(name) for name in features], tuple(features)
 
 
-def _indices(chosen: Any) -> tuple[int, ...]:
-    return tuple(int(index) for index in chosen)
-
-
-def _check_indices(name: str, chosen: Sequence[int], size: int) -> None:
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= i < size for i in chosen):
+def _indices(name: str, chosen: Any, size: int) -> tuple[int, ...]:
+    """Indices of samples, of which there are ``size``; masks and fractions are none."""
+    found = torch.as_tensor(chosen if isinstance(chosen, (Tensor, int)) else list(chosen))
+    whole = not (found.is_floating_point() or found.dtype == torch.bool)
+    indices = tuple(found.tolist()) if whole and found.dim() == 1 else ()
+    valid = len(set(indices)) == len(indices) and all(0 <= index < size for index in indices)
+    if not indices or not valid:
         raise ValueError(
-            f"{name}={list(chosen)}; give different indices from 0 to {size - 1} of the samples"
+            f"{name}={chosen}; give different indices from 0 to {size - 1} of the samples"
+        )
+    return indices
+
+
+def _check_as_many(**batches: Any) -> None:
+    (one, first), (other, second) = batches.items()
+    if len(first) != len(second):
+        raise ValueError(f"{one} has {len(first)} samples, {other} {len(second)}; give as many")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not value >= 1:
+            raise ValueError(f"{name}={value}; give 1 or more")
+
+
+def _check_output(found: torch.Size, features: torch.Size) -> None:
+    if found != (*features[:-1], 1):
+        raise ValueError(
+            f"the network returned shape {tuple(found)} for features of shape {tuple(features)}; "
+            f"return {(*features[:-1], 1)}"
         )
 
 

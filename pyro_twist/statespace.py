@@ -12,6 +12,7 @@ twist for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -160,7 +161,9 @@ class Compartmental:
         :param dict state: The state, read and written.
         :param int t: The time index; the transition's own index is ``duration - t``.
         """
-        with poutine.block(), poutine.condition(data=dict(state)):
+        # parameters are for handlers outside to see, at every step
+        hidden = poutine.block(hide_types=["sample", "observe"])
+        with hidden, poutine.condition(data=dict(state)):
             parameters = self.model.global_model()
         moved = dict(state)
         for name in self.model.approximate:
@@ -245,7 +248,8 @@ class ObservedFlows(Twist):
     share of it. Given the cases, the flow is a :class:`ThinnedBinomial`, from which it is
     proposed; and what the *next* step's cases say of the state is known before they are
     reached, and is the twist. So no particle is lost to cases that its epidemic could not have had,
-    and resampling looks one step ahead. Nothing is learnt; beside an
+    and resampling looks one step ahead. A flow is never proposed below what was seen of it, so that
+    only those may be named of which the model observes a share. Nothing is learnt; beside an
     :class:`~pyro_twist.latents.AutoLatents` in a :class:`~pyro_twist.latents.JointTwist`, the
     guide of the global latents is::
 
@@ -255,10 +259,11 @@ class ObservedFlows(Twist):
 
     :param model: A :class:`Compartmental`, or another model whose flows are named so.
     :param dict flows: By the name of a flow, without the number of the step, the observations of
-        all steps, and the probability to be observed: a number, or the name of an entry of the
-        state. Flows that are not binomial are left alone.
+        all steps, of which ``None`` and NaN are none, and the probability to be observed: a number,
+        or the name of an entry of the state. Flows that are not binomial are left alone.
     :param float floor: The least log-twist, in nats below the best particle's.
-    :raises ValueError: If an entry of ``flows`` is no such pair.
+    :raises ValueError: If an entry of ``flows`` is no such pair, or names what the model does not
+        have.
     """
 
     def __init__(
@@ -270,12 +275,8 @@ class ObservedFlows(Twist):
     ) -> None:
         super().__init__(model)
         for name, pair in flows.items():
-            if not (isinstance(pair, tuple) and len(pair) == 2):
-                raise ValueError(
-                    f"flows[{name!r}]={pair!r}; give the observations and the probability to be "
-                    'observed, as in {"S2I": (data, "rho")}'
-                )
-        self.flows = {name: (torch.as_tensor(data), r) for name, (data, r) in flows.items()}
+            _check_flow(name, pair)
+        self.flows = {name: (_observations(data), rate) for name, (data, rate) in flows.items()}
         self.floor = floor
 
     def get_posterior(self, name: str, prior: Any) -> Any:
@@ -290,14 +291,18 @@ class ObservedFlows(Twist):
         data, rate = self.flows[flow]
         if int(number) >= len(data) or not isinstance(prior, torch.distributions.Binomial):
             return None
-        rate = state[rate] if isinstance(rate, str) else rate
-        return ThinnedBinomial(prior.total_count, prior.probs, data[int(number)], rate)
+        if not bool(data[int(number)].isfinite().all()):
+            return None
+        known = _rate_of(flow, rate, state) if isinstance(rate, str) else rate
+        return ThinnedBinomial(prior.total_count, prior.probs, data[int(number)], known)
 
     def log_twist(self, state: Any, t: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """The log-probability of the next step's observations, from the state."""
         now, ahead = self.time_after(t), dict(state)
         with poutine.block(), poutine.trace() as tracer:
             self.model.step(ahead, now)
+        if now == self.model.timesteps[0]:
+            self._check_names(tracer.trace)
         total: Any = 0.0
         for name, site in tracer.trace.nodes.items():
             thinned = self._thinned(name, site["fn"], state) if site["type"] == "sample" else None
@@ -305,7 +310,48 @@ class ObservedFlows(Twist):
                 total = total + thinned.log_evidence.double()
         return self._floored(total) if isinstance(total, Tensor) else total
 
+    def _check_names(self, trace: poutine.Trace) -> None:
+        """Refuses flows that the first step does not have: they would do nothing."""
+        known = [name for name, site in trace.nodes.items() if site["type"] == "sample"]
+        for flow in self.flows:
+            if all(name.rpartition("_")[0] != flow for name in known):
+                raise ValueError(
+                    f"flows names {flow!r}, but the first step has only the sites {known}; give a "
+                    "name without the number of the step"
+                )
+
     def _floored(self, value: Tensor) -> Tensor:
         best = value.amax(0, keepdim=True)
         best = torch.where(best.isfinite(), best, torch.zeros_like(best))
         return torch.maximum(value, best - self.floor)
+
+
+def _check_flow(name: str, pair: Any) -> None:
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise ValueError(
+            f"flows[{name!r}]={pair!r}; give the observations and the probability to be "
+            'observed, as in {"S2I": (data, "rho")}'
+        )
+    rate = pair[1]
+    if not isinstance(rate, str) and not 0 < float(rate) <= 1:
+        raise ValueError(
+            f"flows[{name!r}] has the probability {rate} to be observed; give one from 0 to 1, or "
+            "the name of an entry of the state"
+        )
+
+
+def _observations(data: Any) -> Tensor:
+    """Counts of all steps, with NaN where nothing was observed."""
+    if isinstance(data, Tensor):
+        return data
+    return torch.stack([torch.as_tensor(math.nan if one is None else one) for one in data])
+
+
+def _rate_of(flow: str, key: str, state: Any) -> Tensor:
+    if key not in state:
+        raise ValueError(
+            f"flows[{flow!r}] reads the probability to be observed from state[{key!r}], but the "
+            f"state has only {list(state)}"
+        )
+    rate: Tensor = state[key]
+    return rate

@@ -10,6 +10,7 @@ Z-tests fail by chance once in a million. Most tests are rows of ``docs/composit
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pyro
@@ -19,12 +20,19 @@ import torch
 from torch import Tensor, tensor
 
 from pyro_twist import handlers
-from pyro_twist.diffusion import GaussianDenoiser, GaussianDiffusion
+from pyro_twist.diffusion import (
+    GaussianDenoiser,
+    GaussianDiffusion,
+    MixtureOfModels,
+    ProductOfModels,
+)
 from pyro_twist.hierarchies import SetOf, mixture, over_set
 from pyro_twist.infer import ImportanceSampling, TrustRegionTwist, TwistedSMC
 from pyro_twist.latents import AutoLatents, JointTwist, WithLatents
 from pyro_twist.rewards import RewardTilted, Tilted
 from pyro_twist.twists import LookaheadTwist, ShiftTwist, Twist
+from tests.diffusion.test_products import ONE, OTHER, averaged, gaussian, product_on_grid
+from tests.diffusion.test_products import mixture as mixture_model
 from tests.infer.composition import composes, refuses
 from tests.oracles import LinearGaussianChain, MaskedChain
 from tests.statistics import assert_mean, assert_tilted_mean, assert_unbiased
@@ -330,6 +338,46 @@ def test_handlers_around_a_set() -> None:
     assert_unbiased(result.log_normalizer, float(density + SLOPE * value.sum()))
 
 
+@composes(
+    HIERARCHIES,
+    "`SetOf` of a mixture or a product of models",
+    "each entry follows a model of its own; the agreement of all entries weighs the set",
+)
+@pytest.mark.parametrize("kind", ["mixture", "product"])
+def test_a_set_of_combined_models(kind: str) -> None:
+    k, weights = 0.6, tensor([0.7, 0.3])
+    if kind == "mixture":
+        pair = [gaussian(-0.4, 0.5, plate=None), gaussian(0.6, 0.9, plate=None)]
+        model: Any = SetOf(MixtureOfModels(pair, weights), 2)
+        log_z = 2 * averaged(k)[2]
+    else:
+        pair = [mixture_model(*law, plate=None) for law in (ONE, OTHER)]
+        model = SetOf(ProductOfModels(pair, target="marginals"), 2)
+        log_z = 2 * product_on_grid((1.0, 1.0), [ONE, OTHER], slope=k)[0]
+    reward = RewardTilted(model, over_set(lambda x: x[:, 0]), scale=k, decode=False)
+    result = TwistedSMC(reward, None, 20_000, seed=0, resampling="none").run()
+    assert_mean((result.log_weights - log_z).exp(), 1.0)
+    if kind == "mixture":
+        assert result.state["component"].shape == (20_000, 2)
+
+
+def test_functions_of_latents_inside_a_set() -> None:
+    """What ``pyro.deterministic`` is given comes back as it was, and the law is the same."""
+
+    def plain(state: Any, x0: Tensor) -> None:
+        pyro.factor("twice", 0.4 * x0)
+
+    def named(state: Any, x0: Tensor) -> None:
+        pyro.factor("twice", pyro.deterministic("half", 0.4 * x0))
+        pyro.deterministic("entries", x0, event_dim=0)
+
+    runs = [
+        TwistedSMC(SetOf(Tilted(LinearGaussianChain(2), one), 3), None, 6, seed=0).run()
+        for one in (plain, named)
+    ]
+    assert torch.equal(runs[0].log_weights, runs[1].log_weights)
+
+
 @refuses(
     HIERARCHIES,
     "handlers, plates, and factors of other shapes inside a `SetOf`",
@@ -435,6 +483,10 @@ def test_reductions_over_sets() -> None:
         assert over_set(lambda x: x, reduce)(sets).tolist() == expected  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduce='best'"):
         over_set(lambda x: x, "best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shape \(2,\) for 2 sets of 2; .* of 4 samples"):
+        over_set(lambda x: x[:2])(sets)
+    again = pickle.loads(pickle.dumps(over_set(torch.abs, "min")))
+    assert again(-sets).tolist() == [1.0, 2.0] and again.__name__ == "min of rewards"
 
 
 # unknown reward weights
@@ -490,13 +542,16 @@ def test_mixtures_of_populations(weights: str) -> None:
     """Means within five standard errors of 20,000 draws each."""
     scales, variance = tensor([0.2, 0.5, 0.9]), LinearGaussianChain(STEPS).variance
     log_zs = 0.5 * scales.double().square() * variance
-    given = tensor([0.5, 0.0, 0.5])
-    exact = {"equal": torch.ones(3) / 3, "evidence": log_zs.softmax(0), "given": given}[weights]
+    given = tensor([1.6, 0.0, 0.4])
+    exact = {"equal": torch.ones(3) / 3, "evidence": log_zs.softmax(0), "given": given / 2}[weights]
     result = mixture(populations(scales), given if weights == "given" else weights)  # type: ignore[arg-type]
     mean = float((exact * scales).sum()) * variance
     assert result.state["x"].shape == result.log_weights.shape == (60_000,)
     error = 5 * 1.5 / float(result.get_ESS()) ** 0.5
     assert error < 0.1
+    shares = result.get_normalized_weights().reshape(20_000, 3).sum(0)
+    if weights != "evidence":
+        assert torch.allclose(shares, exact.double(), atol=1e-6)
     assert result.expectation("x").item() == pytest.approx(mean, abs=error)
     if weights == "evidence":
         log_z = float(log_zs.logsumexp(0)) - math.log(3)

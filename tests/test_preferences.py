@@ -198,6 +198,58 @@ def test_a_network_learns_what_no_weights_can() -> None:
     assert "posterior draws" in str(tastes[0]) and "interval" in str(tastes[1])
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0, 10.0])
+def test_choices_that_say_nothing_leave_the_prior(scale: float) -> None:
+    """Panels of the same sample: the posterior is the prior, however wide, within 15 %."""
+    taste = numbers(prior_scale=scale).favourites(torch.ones(4, 2), [0]).fit(seed=0, num_draws=2000)
+    assert torch.allclose(taste.weights.std(0) / scale, torch.ones(2), atol=0.15)
+    assert torch.allclose(taste.weights.mean(0) / scale, torch.zeros(2), atol=0.2)
+
+
+def test_one_favourite_over_and_over() -> None:
+    """It has the largest utility, by what the prior allows."""
+    shown = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    taste = numbers()
+    for _ in range(20):
+        taste.favourites(shown, [3])
+    assert taste.fit(100, seed=0).utilities(shown).mean(0).argmax() == 3
+    assert taste.weights.abs().max() < 8
+
+
+def test_double_precision() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        taste = panels(tensor([1.0, -0.5]), 1).fit(10, seed=0)
+        assert taste.weights.dtype == taste.reward()(torch.randn(3, 2)).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert taste.utilities(torch.randn(3, 2)).dtype == torch.float64
+    assert panels(tensor([1.0, -0.5]), 1).fit(10, seed=0).weights.dtype == torch.float32
+
+
+def test_fits_are_closed_to_handlers() -> None:
+    taste = panels(tensor([1.0, 0.0]), 1)
+    expected = taste.fit(20, seed=4).weights
+    with pyro.poutine.trace() as tracer, pyro.condition(data={"taste_weight": torch.zeros(1, 2)}):
+        assert torch.equal(taste.fit(20, seed=4).weights, expected)
+    assert not tracer.trace.nodes
+
+
+def test_networks_are_copied_and_evaluated() -> None:
+    """Dropout is off, and what happens to the network later is no matter."""
+    network = torch.nn.Sequential(
+        torch.nn.Linear(2, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1)
+    )
+    taste, x = numbers(network=network).favourites(PLANE, [0]).fit(5, seed=0), torch.randn(5, 2)
+    before = taste.reward()(x)
+    network[1] = torch.nn.Linear(4, 4)
+    assert network.training and torch.equal(taste.reward()(x.clone()), before)
+    with pytest.raises(ValueError, match="has no parameters"):
+        numbers(network=torch.nn.Tanh())
+    with pytest.raises(ValueError, match=r"returned shape \(1, 2, 2\) .*; return \(1, 2, 1\)"):
+        numbers(network=torch.nn.Linear(2, 2)).favourites(PLANE, [0]).fit(1)
+
+
 def test_fits_leave_nothing_behind() -> None:
     pyro.clear_param_store()
     pyro.param("own", torch.ones(1))
@@ -252,20 +304,33 @@ def log_z_of(weights: Tensor) -> Tensor:
     "the utility by the posterior mean, with `caution` less its standard deviation; by one draw; "
     'or, for `"average"`, the tilt averaged over the posterior',
 )
-@pytest.mark.parametrize("posterior", ["mean", "draw", "average"])
+@pytest.mark.parametrize("posterior", ["mean", "cautious", "draw", "average"])
 def test_laws_of_rewards(posterior: Any) -> None:
     taste = fitted()
-    reward = taste.reward(posterior, scale=LAMBDA, draw=3)
+    options = {"caution": 0.8} if posterior == "cautious" else {"scale": LAMBDA, "draw": 3}
+    reward = taste.reward("mean" if posterior == "cautious" else posterior, **options)
     model = RewardTilted(plane(), reward, scale=LAMBDA)
     by_draw = log_z_of(taste.weights)
     exact = {
         "mean": log_z_of(taste.weights.mean(0)),
+        "cautious": cautious_log_z(taste.weights, 0.8),
         "draw": by_draw[3],
         "average": by_draw.logsumexp(0) - torch.tensor(50.0).log(),
     }
     result = ImportanceSampling(model, 40_000, seed=0).run()
     assert_mean((result.log_weights - exact[posterior]).exp(), 1.0)
     assert abs(float(exact["average"] - exact["mean"])) > 0.04
+    assert float(exact["mean"] - exact["cautious"]) > 0.04
+
+
+def cautious_log_z(weights: Tensor, caution: float) -> Tensor:
+    """On a grid of the plane: the mean utility less so many of its standard deviations."""
+    axis = plane().variance ** 0.5 * torch.linspace(-7, 7, 281, dtype=torch.float64)
+    points = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    utilities = points @ weights.double().T
+    log_p = -0.5 * points.square().sum(-1) / plane().variance
+    gain = LAMBDA * (utilities.mean(-1) - caution * utilities.std(-1))
+    return (log_p + gain).logsumexp(0) - log_p.logsumexp(0)
 
 
 @composes(
@@ -424,6 +489,22 @@ def test_errors() -> None:
         (r"chosen=\[4\]; give different indices from 0 to 3", lambda: taste.favourites(x, [4])),
         (r"chosen=\[1, 1\]", lambda: taste.favourites(x, [1, 1])),
         (r"order=\[\]", lambda: taste.rank(x, [])),
+        (r"chosen=\[True, False\]", lambda: taste.favourites(x, [True, False])),
+        (r"chosen=\[0.7\]", lambda: taste.favourites(x, [0.7])),  # type: ignore[list-item]
+        ("chosen=2; give different", lambda: taste.favourites(x, 2)),  # type: ignore[arg-type]
+        ("chosen=tensor.*True", lambda: taste.favourites(x, x[:, 0] > 0)),  # type: ignore[arg-type]
+        ("prior_scale=inf", lambda: numbers(prior_scale=float("inf"))),
+        ("num_steps=0", lambda: panels(x[0], 1).fit(0)),
+        ("num_draws=0", lambda: panels(x[0], 1).fit(1, num_draws=0)),
+        ("num_particles=0", lambda: panels(x[0], 1).fit(1, num_particles=0)),
+        ("level=90", lambda: fitted().table(90)),
+        ("first has 4 samples, second 1", lambda: fitted().probability(x, x[:1])),
+        (
+            "needs two or more draws",
+            lambda: panels(x[0], 1).fit(1, num_draws=1).reward(caution=1.0),
+        ),
+        (r"returned \(4, 2\) numbers for 4", lambda: SimulatedRater(identity).rank(x)),
+        ("4 of them NaN", lambda: SimulatedRater(lambda s: s[:, 0] * float("nan")).rank(x)),
         ("all 4 samples are chosen", lambda: taste.favourites(x, range(4))),
         ("mark at most 8", lambda: taste.favourites(torch.randn(20, 2), range(9))),
         ("better has 2 samples, worse 3", lambda: taste.prefer(x[:2], x[:3])),

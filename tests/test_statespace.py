@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.contrib.epidemiology.distributions import infection_dist
 from pyro.contrib.epidemiology.models import RegionalSIRModel, SimpleSEIRModel, SimpleSIRModel
 from pyro.infer.smcfilter import SMCFilter
 from torch import Tensor, tensor
@@ -22,7 +23,12 @@ from pyro_twist.statespace import Compartmental, ObservedFlows, ThinnedBinomial,
 from tests.infer.composition import composes, refuses
 from tests.perf.epidemic import FixedSIR, sir_posterior
 from tests.perf.statespace import Oscillator, kalman, oscillator
-from tests.statistics import assert_frequencies, assert_mean, assert_unbiased
+from tests.statistics import (
+    assert_frequencies,
+    assert_mean,
+    assert_tilted_mean,
+    assert_unbiased,
+)
 
 CASES = tensor([1.0, 0.0, 2.0, 1.0])
 SERIES = "State-space models of Pyro"
@@ -259,6 +265,78 @@ def test_a_parameter_can_be_conditioned() -> None:
     exact = sir_posterior(fixed().model)[0] + float(prior)
     log_zs = [TwistedSMC(known, None, 500, seed=s).run().log_normalizer for s in range(60)]
     assert_unbiased(torch.stack(log_zs), exact)
+
+
+class Levelled(FixedSIR):
+    """The reproduction number is a parameter, in steps of one."""
+
+    def global_model(self) -> Any:
+        return 1.5 + pyro.param("level", tensor(0.0)), self.recovery_time, self.rho
+
+
+@composes(
+    SERIES,
+    "`pyro.param` in a `CompartmentalModel`",
+    "`handlers.lift` makes it a latent that every transition knows; compared with a sum",
+)
+def test_a_lifted_parameter_reaches_every_transition() -> None:
+    model = handlers.lift(
+        Compartmental(Levelled(8, 3.0, CASES, 1.5, 0.5)), {"level": dist.Categorical(torch.ones(3))}
+    )
+    exact = [sir_posterior(FixedSIR(8, 3.0, CASES, 1.5 + k, 0.5))[0] for k in range(3)]
+    terms = tensor(exact).double() - torch.tensor(3.0).log()
+    runs = [TwistedSMC(model, None, 600, seed=seed).run() for seed in range(40)]
+    log_zs = torch.stack([run.log_normalizer for run in runs])
+    assert_unbiased(log_zs, float(terms.logsumexp(0)))
+    means = torch.stack([run.expectation("level") for run in runs])
+    share = float(terms.softmax(0) @ torch.arange(3.0).double())
+    assert_tilted_mean(log_zs, means, float(terms.logsumexp(0)), share)
+
+
+@composes(
+    SERIES,
+    "`ObservedFlows` with steps of which nothing is known",
+    "`None` or NaN leaves the flow of that step to the model; the estimate is unbiased",
+)
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_flows_with_gaps(missing: Any) -> None:
+    model = fixed()
+    guide = ObservedFlows(model, {"S2I": ([1.0, missing, 2.0, 1.0], 0.5)})
+    runs = [TwistedSMC(model, guide, 400, seed=seed).run() for seed in range(40)]
+    assert_unbiased(
+        torch.stack([run.log_normalizer for run in runs]), sir_posterior(model.model)[0]
+    )
+
+
+def test_the_twist_is_the_probability_of_the_next_cases() -> None:
+    """One case on the first day; where nobody is susceptible there is none, and the floor holds."""
+    model = fixed()
+    state = {"S": tensor([7.0, 5.0, 0.0]), "I": tensor([1.0, 3.0, 1.0])}
+    law = infection_dist(
+        individual_rate=model.model.r0 / model.model.recovery_time,
+        num_infectious=state["I"],
+        num_susceptible=state["S"],
+        population=8,
+    )
+    expected = dist.ExtendedBinomial(state["S"], law.probs * 0.5).log_prob(CASES[0]).double()
+    assert expected[2] == -torch.inf
+    expected[2] = expected[:2].max() - 7.0
+    twist = ObservedFlows(model, {"S2I": (CASES, 0.5)}, floor=7.0)
+    twist.stepping = False
+    assert torch.allclose(twist.log_twist(state), expected, atol=1e-6)
+
+
+def test_flows_that_the_model_does_not_have() -> None:
+    model = fixed()
+    cases: dict[str, Any] = {
+        r"'S2J', but the first step has only the sites \['S2I_0'": {"S2J": (CASES, 0.5)},
+        r"reads the probability .* from state\['rhoo'\]": {"S2I": (CASES, "rhoo")},
+        "the probability 2.0 to be observed": {"S2I": (CASES, 2.0)},
+        "the probability 0 to be observed": {"S2I": (CASES, 0)},
+    }
+    for message, flows in cases.items():
+        with pytest.raises(ValueError, match=message):
+            TwistedSMC(model, ObservedFlows(model, flows), 4, seed=0).run()
 
 
 def test_a_call_simulates() -> None:

@@ -127,12 +127,14 @@ def tilted_model(options: AlignOptions) -> RewardTilted:
     """
     The model that the methods of a job sample, for runs of one's own, such as with a saved twist.
 
-    :param AlignOptions options: Of the job, with ``scales``; those of methods are not used.
-    :returns: The model, tilted by the rewards.
-    :raises OptionError: If an option cannot be, or there are no ``scales``.
+    Without ``scales``, lambda is what the job would derive from ``strengths``, on samples drawn for
+    that.
+
+    :param AlignOptions options: Of the job; those of methods are not used.
+    :returns: The model, tilted by the rewards; :attr:`~pyro_twist.rewards.RewardTilted.scales` has
+        lambda.
+    :raises OptionError: If an option cannot be.
     """
-    if not options.scales:
-        raise OptionError("scales is empty; give lambda, one number or one for each reward")
     job = _Job(options, Progress(), False)
     job.outcome.strengths = job._strengths()
     return ScoredModel(job.model, job.rewards, job._scales())
@@ -152,7 +154,8 @@ class _Job:
         _check_names(self.rewards)
         self.model = self.domain.load(self.indices, options)
         names = tuple(self.domain.classes[i] for i in self.indices) or ("",)
-        _check_methods(self.methods, self.model, self.domain)
+        tilted = ScoredModel(self.model, self.rewards, 0.0)
+        _check_methods(self.methods, tilted, self.domain)
         steps, facts = len(self.model.timesteps), self.domain.facts(options, self.model)
         self.outcome = Outcome(options, self.domain, names, self.indices, steps, facts)
         self.outcome.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -207,7 +210,7 @@ class _Job:
         model = ScoredModel(self.model, self.rewards, self._scales(method.tilted))
         stream = f"{self.options.seed}/{method.stream or method.name}"
         setting = self._setting(model, stream, self.options.particles)
-        weighted = method.returns == "samples of the tilted law"
+        weighted = method.weighted
         engine, start = method.make(setting), time.perf_counter()
         result = self._run(engine, setting, method.title, weighted)
         arm = replace(
@@ -355,10 +358,8 @@ def _class_indices(domain: Domain, options: AlignOptions) -> list[int]:
 
 def _check_methods(methods: Sequence[Method], model: Any, domain: Domain) -> None:
     for method in methods:
-        if method.needs and not hasattr(model, method.needs):
-            raise OptionError(
-                f"--method {method.name} is for models of sequences, which {domain.name!r} is not"
-            )
+        if reason := method.unmet(model):
+            raise OptionError(f"--method {method.name} {reason}, which {domain.name!r} is not")
 
 
 def _check_names(rewards: Mapping[str, Reward]) -> None:

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from pyro_twist.algorithms.registry import nearest
 
 __all__ = ["AlignOptions", "OptionError", "unknown", "word"]
 
@@ -32,11 +33,7 @@ def unknown(kind: str, value: Any, known: Iterable[str]) -> OptionError:
     :param known: The names there are.
     :returns: An error that lists them, and the nearest.
     """
-    names = list(known)
-    lowered = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(str(value).lower(), lowered, 1)
-    meant = f" (did you mean {lowered[close[0]]!r}?)" if close else ""
-    return OptionError(f"no {kind} {str(value)!r}{meant}; there are: {', '.join(names)}")
+    return OptionError(nearest(kind, value, known))
 
 
 @dataclass(frozen=True)

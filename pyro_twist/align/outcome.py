@@ -271,7 +271,7 @@ def _score(arm: Arm, domain: Domain, label: str, index: int | None, p: int) -> S
     judged = domain.judge(samples, index)
     maximiser = arm.method.returns == "a maximiser"
     log_z = arm.result.log_normalizer.reshape(-1)[p].item()
-    estimates = arm.method.returns == "samples of the tilted law"
+    estimates = arm.method.weighted
     return Score(
         label=label,
         reward_mean={name: mean(values[:, p], weights) for name, values in arm.rewards.items()},

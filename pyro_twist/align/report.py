@@ -72,7 +72,7 @@ def _pictures(outcome: Outcome) -> dict[str, Figure]:
     try:
         pictures["rewards"] = Figure(png_bytes(draw_rewards(outcome)), _rewards_caption(outcome))
         for arm in outcome.arms:
-            if arm.method.returns == "samples of the tilted law" and arm.last.diagnostics:
+            if arm.method.weighted and arm.last.diagnostics:
                 pictures[f"steps-{arm.method.name}"] = _steps_figure(arm)
     except ImportError:
         pass

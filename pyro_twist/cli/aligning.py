@@ -31,7 +31,7 @@ from pyro_twist.align.table import CALLS, columns, remarks, summary_rows, table_
 from pyro_twist.cli.app import FAILED, INTERRUPTED, WRONG_OPTION, complain
 from pyro_twist.rewards import RewardWarning
 
-__all__ = ["align_command", "print_outcome"]
+__all__ = ["align_command", "print_outcome", "print_table"]
 
 MAX_WARNINGS = 3
 
@@ -86,9 +86,9 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         own = [column.heading for column in columns(outcome)]
         several = len(outcome.labels) > 1
         title = "Means over the classes" if several else ""
-        _print_table(console, title, [*own, *CALLS], summary_rows(outcome))
+        print_table(console, title, [*own, *CALLS], summary_rows(outcome))
         for p in range(len(outcome.labels) if several else 0):
-            _print_table(console, outcome.heading(p), own, table_rows(outcome, p))
+            print_table(console, outcome.heading(p), own, table_rows(outcome, p))
         for text in remarks(outcome):
             console.print(text, style="dim")
         returned = (f"{arm.method.name}: {arm.method.returns}" for arm in outcome.arms)
@@ -97,8 +97,15 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         console.print(f"{name} failed: {reason}", style="red")
 
 
-def _print_table(console: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
-    """Breaks a table that is too wide into several, so that no digit is cut."""
+def print_table(console: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """
+    Prints a table, as several where it is too wide, so that no digit is cut.
+
+    :param console: Where to print.
+    :param str title: Written above it; nothing if empty.
+    :param list headings: Of all columns but the first, the method.
+    :param list rows: The cells.
+    """
     unlimited = console.options.update(width=10_000)
     start, end = 0, len(headings)
     while start < len(headings):

@@ -285,6 +285,109 @@ def align(
     raise typer.Exit(align_command(model, given, quiet))
 
 
+_COMPARE_HELP = (
+    "Compare algorithms on one model: the same trajectories for each, several seeds.\n\n"
+    "Runs every algorithm that fits the model, or those that are named, prints means with 95 % "
+    "intervals, and writes the rows, the table and a plot. A run that was stopped goes on where it "
+    "was: rows that are in the folder already are not computed again."
+)
+_COMPARE_EXAMPLES = (
+    "Examples: pyro-twist compare digits -r bright -n 16 --seeds 5;  pyro-twist compare molecules "
+    "-r qed -m fk -m tri-tsmc -m tree-search"
+)
+
+
+@app.command(help=_COMPARE_HELP, epilog=_COMPARE_EXAMPLES)
+def compare(
+    model: Annotated[str, typer.Argument(help="A shipped model: see 'pyro-twist models'.")],
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            "-r",
+            metavar="REWARD",
+            help="What to align to, as for 'pyro-twist align'. Repeat it to add rewards up.",
+            show_default="the model's usual one",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    class_name: Annotated[
+        str | None,
+        typer.Option(
+            "--class",
+            "-c",
+            metavar="CLASS",
+            help="Sample this class.",
+            show_default="any class",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    strength: Annotated[
+        float,
+        typer.Option(
+            metavar="SD",
+            help="Lambda is this many over the standard deviation of the reward under the model.",
+            rich_help_panel=WHAT,
+        ),
+    ] = 3.0,
+    scale: Annotated[
+        float | None,
+        typer.Option(metavar="LAMBDA", help="Set lambda itself instead.", rich_help_panel=WHAT),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="METHOD",
+            help="Compare this algorithm, and others by repeating it: see 'pyro-twist methods'.",
+            show_default="all that fit",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    budget: Annotated[
+        int,
+        typer.Option(
+            "--budget",
+            "-n",
+            metavar="N",
+            help="Trajectories of the denoiser for each algorithm.",
+            rich_help_panel=HOW,
+        ),
+    ] = 16,
+    seeds: Annotated[
+        int, typer.Option(metavar="K", help="The number of seeds.", rich_help_panel=HOW)
+    ] = 5,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="T",
+            help="Steps of the reverse process.",
+            show_default="the model's usual number",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FOLDER", help="Where results go.", rich_help_panel=RUN
+        ),
+    ] = Path("results/compare-methods"),
+) -> None:
+    """Compare algorithms on one model."""
+    given: dict[str, Any] = {
+        "rewards": tuple(reward or ()),
+        "classes": (class_name,) if class_name else (),
+        "scales": () if scale is None else (scale,),
+        "strengths": (strength,),
+        "steps": steps,
+        "out": out,
+    }
+    from pyro_twist.cli.comparing import compare_command
+
+    raise typer.Exit(compare_command(model, given, tuple(method or ()), budget, seeds))
+
+
 @app.command()
 def models() -> None:
     """List the models that can be aligned, and their classes."""

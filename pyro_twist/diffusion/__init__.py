@@ -4,6 +4,7 @@
 """Reverse processes of diffusion models as Pyro models."""
 
 from pyro_twist.diffusion.analytic import GaussianDenoiser, GaussianMixtureDenoiser
+from pyro_twist.diffusion.correctors import ProductCorrector, RewardCorrector
 from pyro_twist.diffusion.gaussian import GaussianDiffusion
 from pyro_twist.diffusion.kernels import GaussianSchedule, GaussianStep
 from pyro_twist.diffusion.masked import MaskedDiffusion
@@ -18,7 +19,9 @@ __all__ = [
     "GaussianStep",
     "MaskedDiffusion",
     "MixtureOfModels",
+    "ProductCorrector",
     "ProductOfModels",
+    "RewardCorrector",
     "conditioned",
     "make_schedule",
 ]

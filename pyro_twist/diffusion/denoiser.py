@@ -155,8 +155,17 @@ class BatchedDenoiser:
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             some = {k: v[part] if isinstance(v, Tensor) else v for k, v in conditioning.items()}
-            chunks.append(self._call(rows[part], timestep, some))
+            chunks.append(self._call_chunk(rows[part], timestep, some))
         return torch.cat(chunks)
+
+    def _call_chunk(self, rows: Tensor, timestep: float, conditioning: dict[str, Any]) -> Tensor:
+        """One of several chunks; its graph is made again in the backward pass, not kept."""
+        if not (torch.is_grad_enabled() and rows.requires_grad):
+            return self._call(rows, timestep, conditioning)
+        from torch.utils.checkpoint import checkpoint
+
+        output: Tensor = checkpoint(self._call, rows, timestep, conditioning, use_reentrant=False)
+        return output
 
     def _call(self, rows: Tensor, timestep: float, conditioning: dict[str, Any]) -> Tensor:
         parameter = self._parameter()

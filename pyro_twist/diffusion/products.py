@@ -52,6 +52,7 @@ __all__ = ["CombinedModels", "MixtureOfModels", "ProductOfModels", "conditioned"
 Target = Literal["paths", "marginals"]
 Reads = Sequence[Mapping[str, str]]
 
+_WRITTEN = ("x", "x0_hat", "eps_hat")
 _SHARED = ("alpha", "sigma", "x0_coef", "x_coef", "eps_coef", "std")
 
 
@@ -325,6 +326,8 @@ class MixtureOfModels(CombinedModels):
         super().__init__(models, reads)
         for model in models:
             _check_shared_conditioning(model)
+        if name in _WRITTEN:
+            raise ValueError(f"name={name!r} is an entry that the models write; choose another")
         self.name = name
         self._prior = weights if callable(weights) else _fixed_weights(models, weights)
 
@@ -556,9 +559,10 @@ def _fixed_weights(
     models: Sequence[GaussianDiffusion], weights: Tensor | Sequence[float] | None
 ) -> Callable[[], Any]:
     probs = torch.ones(len(models)) if weights is None else torch.as_tensor(weights).float()
-    if probs.shape != (len(models),) or not bool((probs >= 0).all()) or not float(probs.sum()) > 0:
+    valid = probs.isfinite() & (probs >= 0)
+    if probs.shape != (len(models),) or not bool(valid.all()) or not float(probs.sum()) > 0:
         raise ValueError(
-            f"weights={weights} for {len(models)} models; give a number for each, none negative "
-            "and not all zero"
+            f"weights={weights} for {len(models)} models; give a finite number for each, none "
+            "negative and not all zero"
         )
     return lambda: dist.Categorical(probs)

@@ -121,6 +121,7 @@ class EvidenceGradient(ELBO):
 
         :returns: As :meth:`loss`.
         :rtype: float
+        :raises ValueError: If a gradient is not finite.
         """
         with _Found() as found:
             smc = self._run(model, guide, args, kwargs)
@@ -292,11 +293,23 @@ class _Found(Messenger):
 
 
 def _add_gradient(loss: torch.Tensor, parameters: dict[str, torch.Tensor]) -> None:
-    wanted = [one for one in parameters.values() if one.requires_grad]
+    names = [name for name, one in parameters.items() if one.requires_grad]
+    wanted = [parameters[name] for name in names]
     if not wanted or not loss.requires_grad:
         return
     found = torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)
-    for parameter, gradient in zip(wanted, found, strict=True):
+    for name, parameter, gradient in zip(names, wanted, found, strict=True):
         if gradient is not None:
+            _check_gradient(name, gradient)
             before = parameter.grad
             parameter.grad = gradient if before is None else before + gradient
+
+
+def _check_gradient(name: str, gradient: torch.Tensor) -> None:
+    if not bool(gradient.isfinite().all()):
+        raise ValueError(
+            f"the gradient of the parameter {name!r} is not finite: a log-density has no finite "
+            "derivative at some particle, perhaps at one of weight zero, as (a * x).log() has none "
+            "at x = 0. Keep such x out, as in torch.where(x > 0, (a * x.clamp(min=1e-6)).log(), "
+            "-math.inf)."
+        )

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import pyro
@@ -75,6 +75,8 @@ class TwistedSMC(SMCFilter):
         particles: 0 never, 1 always unless the weights are equal.
     :param str resampling: ``"systematic"``, ``"stratified"``, ``"multinomial"``, ``"residual"``,
         ``"ssp"`` or ``"none"``.
+    :param resample_at: The states ``t`` after which to resample at all, as a collection of time
+        indices from ``T``, the initial state, down to 1; by default any.
     :param str population_plate: The name of the plate whose entries are separate populations,
         for example prompts. Their weights have shape ``(num_particles, num_populations)`` and
         they are resampled separately.
@@ -106,6 +108,7 @@ class TwistedSMC(SMCFilter):
         *,
         ess_threshold: float = 0.5,
         resampling: str = "systematic",
+        resample_at: Collection[int] | None = None,
         population_plate: str | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
@@ -124,6 +127,7 @@ class TwistedSMC(SMCFilter):
         super().__init__(model, guide, num_particles, max_plate_nesting, ess_threshold=1.0)
         self.ess_threshold = ess_threshold
         self.resampling = resampling
+        self.resample_at = _check_resample_at(resample_at, model)
         self.population_plate = population_plate
         self.history = history
         self.progress = progress
@@ -147,7 +151,9 @@ class TwistedSMC(SMCFilter):
         self._num_steps = -1
 
     def _model_counts(self) -> dict[str, int]:
-        return dict(getattr(self.model, "counts", {}))
+        counts = Counter(getattr(self.model, "counts", {}))
+        counts.update(getattr(self.guide, "counts", {}))
+        return dict(counts)
 
     # stepping
 
@@ -291,7 +297,7 @@ class TwistedSMC(SMCFilter):
         run, before = getattr(self.model, method), dict(self.state)
         if isinstance(self.guide, Twist):
             self.guide.stepping = method == "step"
-        with poutine.block(hide_types=["sample", "observe"]):
+        with poutine.block(hide_types=["sample", "observe"]), self._around_step():
             if self.guide is None or isinstance(self.guide, GuideMessenger):
                 trace, found = effect_increments(
                     run, self.guide, self.particle_plate, self.state, args, kwargs
@@ -306,6 +312,10 @@ class TwistedSMC(SMCFilter):
         self._reducer.check_latents(trace)
         self._observe(trace, before, args, kwargs)
         return [self._reducer(increment) for increment in found]
+
+    def _around_step(self) -> AbstractContextManager[Any]:
+        """A handler around model and guide in every step; for subclasses."""
+        return nullcontext()
 
     def _observe(
         self, trace: poutine.Trace, before: dict[Any, Any], args: Any, kwargs: Any
@@ -386,15 +396,23 @@ class TwistedSMC(SMCFilter):
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         # equal weights must not resample at threshold 1, whatever the rounding of the ESS
         chosen = ess < self.ess_threshold * self.num_particles * (1 - 1e-9)
-        if not (allowed and self.state) or self.resampling == "none" or not chosen.any():
+        possible = allowed and self.state and self.resampling != "none" and self._may_resample()
+        if not possible or not chosen.any():
             return None, torch.zeros_like(chosen)
         index = self._ancestors(chosen)
         self._resample(index, chosen)
         return index, chosen
 
+    def _may_resample(self) -> bool:
+        return self.resample_at is None or self._time() in self.resample_at
+
+    def _time(self) -> int:
+        """The time index of the state that the step under way has produced."""
+        return len(self.model.timesteps) - self._num_steps - 1
+
     def _ancestors(self, chosen: torch.Tensor) -> torch.Tensor:
         scheme, size = get_resampling(self.resampling), self.num_particles
-        generator = self._given_generator or self._stream.generator()
+        generator = self._generator()
         if self.state._log_weights.dim() == 1:
             return scheme(self.state._log_weights.exp(), size, generator)
         probs = self.state._log_weights.exp()
@@ -405,15 +423,22 @@ class TwistedSMC(SMCFilter):
         ]
         return torch.stack(columns, -1)
 
+    def _generator(self) -> torch.Generator:
+        return self._given_generator or self._stream.generator()
+
     def _resample(self, index: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Moves everything that belongs to a particle along with it."""
+        """Replaces the particles by their ancestors, of equal weight where they were chosen."""
+        self._follow(index)
+        log_n = math.log(self.num_particles)
+        self.state._log_weights = self.state._log_weights.masked_fill(chosen, -log_n)
+
+    def _follow(self, index: torch.Tensor) -> None:
+        """Moves everything that belongs to a particle along with it, but for its weight."""
         self.state._resample(index)
         for key, value in self._memory.items():
             self._memory[key] = take_ancestors(value, index)
         if self._log_twist is not None:
             self._log_twist = take_ancestors(self._log_twist, index)
-        log_n = math.log(self.num_particles)
-        self.state._log_weights = self.state._log_weights.masked_fill(chosen, -log_n)
 
     # reading
 
@@ -542,6 +567,18 @@ class TwistedSMC(SMCFilter):
 def _label(method: str, args: Any) -> str:
     """A short name of a step for messages."""
     return f"{method}({args[0]})" if args and isinstance(args[0], (int, str)) else method
+
+
+def _check_resample_at(times: Collection[int] | None, model: Any) -> frozenset[int] | None:
+    if times is None:
+        return None
+    timesteps = tuple(getattr(model, "timesteps", ()))
+    if isinstance(times, str) or not isinstance(times, Collection) or set(times) - set(timesteps):
+        raise ValueError(
+            f"resample_at={times!r}; give a collection of states of the model, whose timesteps are "
+            f"{timesteps[:1]} to {timesteps[-1:]}; for never, resampling='none'"
+        )
+    return frozenset(times)
 
 
 def _refuse_plates(method: str) -> None:

@@ -196,6 +196,12 @@ class RewardTilted(Tilted):
             pyro.factor(name, _scaled(name, scale, value))
 
     def _check_names(self) -> None:
+        for name, scale in self.scales.items():
+            if isinstance(scale, str) and scale in self.reward_names:
+                raise ValueError(
+                    f"scale of {name!r} is state[{scale!r}], where the reward of that name is "
+                    "written; give the latent or the reward another name"
+                )
         for name in self.rewards:
             if name in getattr(self.model, "reward_names", ()):
                 raise ValueError(

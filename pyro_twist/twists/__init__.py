@@ -4,7 +4,10 @@
 """Guides that look ahead, and the tilting of distributions they are made of."""
 
 from pyro_twist.twists.backward import BackwardTwist
+from pyro_twist.twists.children import ChildrenTwist
 from pyro_twist.twists.families import NeuralTwist, QuadraticTwist, ShiftTwist, low_frequencies
+from pyro_twist.twists.gradienttokens import GradientTokenTwist
+from pyro_twist.twists.guided import CFGGuidance, GradientTwist, GuidedModel, GuidedTwist, guided
 from pyro_twist.twists.hidden import HiddenTilt
 from pyro_twist.twists.ladder import CalibratedLookahead, DiscountedLookahead
 from pyro_twist.twists.learned import (
@@ -21,6 +24,7 @@ from pyro_twist.twists.regression import KernelRidge
 from pyro_twist.twists.sequences import TokenSurrogate
 from pyro_twist.twists.statistics import Quadratic, Statistics
 from pyro_twist.twists.surrogate import SurrogateTwist
+from pyro_twist.twists.tempering import AdaptiveTempering, TemperedLookahead
 from pyro_twist.twists.tilting import (
     log_normalizer,
     log_ratio,
@@ -32,10 +36,17 @@ from pyro_twist.twists.tokens import TokenTilt
 from pyro_twist.twists.twist import SumTwist, Twist, Twisted
 
 __all__ = [
+    "AdaptiveTempering",
     "BackwardTwist",
+    "CFGGuidance",
     "CalibratedLookahead",
+    "ChildrenTwist",
     "DiscountedLookahead",
     "FittedTwist",
+    "GradientTokenTwist",
+    "GradientTwist",
+    "GuidedModel",
+    "GuidedTwist",
     "HiddenTilt",
     "KernelRidge",
     "LearnedTwist",
@@ -51,12 +62,14 @@ __all__ = [
     "Statistics",
     "SumTwist",
     "SurrogateTwist",
+    "TemperedLookahead",
     "TokenSurrogate",
     "TokenTilt",
     "Twist",
     "Twisted",
     "WeightedDigest",
     "fit_likelihood",
+    "guided",
     "learned_parts",
     "log_normalizer",
     "log_ratio",

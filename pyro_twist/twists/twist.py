@@ -12,6 +12,7 @@ all later factors given :math:`x_t`. It enters inference in two places: the prop
 from __future__ import annotations
 
 from abc import ABCMeta
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -56,6 +57,11 @@ class Twist(GuideMessenger, PyroModule, metaclass=_TwistMeta):
     def model(self) -> Any:
         """The model, which is no submodule."""
         return self._model[0]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Evaluations that the twist makes beyond those of the model, by kind."""
+        return {}
 
     def state_keys(self) -> tuple[str, ...]:
         """The entries that the twist writes to the state."""
@@ -169,6 +175,11 @@ class SumTwist(Twist):
     def state_keys(self) -> tuple[str, ...]:
         """The keys of all parts."""
         return tuple(key for twist in self.parts() for key in twist.state_keys())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The evaluations of all parts."""
+        return dict(sum((Counter(part.counts) for part in self.parts()), Counter()))
 
     def parts(self) -> list[Twist]:
         """The twists that are multiplied."""

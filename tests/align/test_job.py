@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pyro_twist import align
+from pyro_twist.algorithms.registry import _ALGORITHMS as _METHODS
 from pyro_twist.align import AlignmentFailed, AlignOptions, OptionError, Outcome
-from pyro_twist.align.methods import _METHODS, Method, Setting, register_method
+from pyro_twist.align.methods import Method, Setting, register_method
 from pyro_twist.align.outcome import standard_error
 from pyro_twist.align.table import columns, remarks, summary_rows
 from pyro_twist.infer import ImportanceSampling
@@ -123,7 +124,8 @@ def test_classes_are_populations(tmp_path: Path) -> None:
     outcome = run(tmp_path, classes=("3,8", "0"), methods=ALL)
     assert outcome.labels == ("3", "8", "0")
     for arm in outcome.arms:
-        assert arm.samples.shape == (SIZE, 3, 1, 8, 8)
+        assert arm.samples.shape[1:] == (3, 1, 8, 8)
+        assert arm.samples.shape[0] == SIZE or arm.method.returns == "a maximiser"
         assert arm.counts["denoiser"] == 3 * SIZE * STEPS
         assert len(arm.scores) == 3
         assert all(0 <= score.judge <= 1 for score in arm.scores)

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from pyro_twist import align
-from pyro_twist.align import AlignOptions, OptionError, Outcome
+from pyro_twist.algorithms.registry import _ALGORITHMS as _METHODS
+from pyro_twist.align import AlignOptions, Outcome
 from pyro_twist.align.learned import reuse_code, twist_file
-from pyro_twist.align.methods import _METHODS, Method, Setting, register_method
+from pyro_twist.align.methods import Method, Setting, register_method
 from pyro_twist.infer import ImportanceSampling, SMCResult, TrustRegionTwist, TwistedSMC
 from pyro_twist.twists import LearnedTwist, tilt
 from pyro_twist.twists.summary import Direction, Panel
@@ -179,5 +180,5 @@ def test_tilted_model_is_that_of_the_job() -> None:
     model = align.tilted_model(options)
     assert model.scales == {"bright": 2.0, "symmetric": -1.0}
     assert len(model.timesteps) == 50
-    with pytest.raises(OptionError, match="scales is empty"):
-        align.tilted_model(AlignOptions(model="digits"))
+    derived = align.tilted_model(AlignOptions(model="digits", steps=3, strengths=(2.0,)))
+    assert derived.scales["bright"] > 1

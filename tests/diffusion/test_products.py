@@ -272,6 +272,38 @@ def test_exponents_of_another_sum_lead_elsewhere() -> None:
     assert abs(end_of_paths(product, weighted=True) - mean) > 0.04
 
 
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+def test_kernels_and_agreement_are_the_product_of_kernels(kind: Any, clipped: bool) -> None:
+    """But for a known constant of the step; clipped predictions have a noise of their own."""
+    scheduler = kind(timestep_spacing="trailing", clip_sample=clipped, clip_sample_range=0.3)
+    models = [
+        GaussianDiffusion(
+            GaussianDenoiser(tensor([mean]), tensor([variance]), scheduler),
+            scheduler,
+            (1,),
+            num_inference_steps=6,
+        )
+        for mean, variance in ((0.4, 0.8), (-0.6, 0.5))
+    ]
+    exponents, total = (1.5, 0.7), 2.2
+    product = ProductOfModels(models, exponents)
+    x, after = torch.randn(2, 9, 1, generator=torch.Generator().manual_seed(0))
+    laws = [(product.initial(), 0.0, [one.initial() for one in models], 1.0)]
+    for t in product.timesteps[:-1]:
+        states: list[dict[Any, Tensor]] = [{}, {}, {}]
+        for model, state in zip((product, *models), states, strict=True):
+            model._write(state, t, x)
+        kernels = [model.kernel(state, t) for model, state in zip(models, states[1:], strict=True)]
+        std = models[0].schedule[t].std
+        laws.append((product.kernel(states[0], t), product._log_agreement, kernels, std))
+    for law, agreement, parts, std in laws:
+        found = law.log_prob(after) + agreement
+        wanted = sum(b * one.log_prob(after) for b, one in zip(exponents, parts, strict=True))
+        constant = 0.5 * (math.log(total) + (total - 1) * math.log(2 * math.pi * std**2))
+        assert torch.allclose(found.double(), wanted.double() + constant, rtol=1e-4, atol=1e-3)
+
+
 def test_models_that_agree_weigh_nothing() -> None:
     product = ProductOfModels([gaussian(0.3, 0.6)] * 3, (1.0, 0.5, -0.5))
     result = run(product, size=8)
@@ -470,9 +502,11 @@ def test_exponents_and_weights_that_do_not_fit() -> None:
     for exponents in [(1.0,), (1.0, 0.0), (1.0, -1.0), (math.inf, 1.0)]:
         with pytest.raises(ValueError, match="exponents"):
             ProductOfModels(pair, exponents)
-    for weights in [(1.0,), (-1.0, 2.0), (0.0, 0.0)]:
+    for weights in [(1.0,), (-1.0, 2.0), (0.0, 0.0), (math.inf, 1.0), (math.nan, 1.0)]:
         with pytest.raises(ValueError, match="none negative"):
             MixtureOfModels(pair, weights)
+    with pytest.raises(ValueError, match="name='x' is an entry that the models write"):
+        MixtureOfModels(pair, name="x")
     with pytest.raises(ValueError, match="last_std=0"):
         ProductOfModels(pair, last_std=0.0)
     with pytest.raises(ValueError, match="target='ends'"):

@@ -11,6 +11,7 @@ Each test is a row of ``docs/composition_table.md``; see :mod:`tests.infer.compo
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -231,7 +232,8 @@ def _recorded(**values: Tensor) -> poutine.Trace:
     trace = poutine.Trace()
     for name, value in values.items():
         site = {"type": "sample", "name": name, "value": value, "is_observed": False}
-        trace.add_node(name, **site, infer={"prior": dist.Normal(0.0, 9.0)})
+        # as a guide's own sites have it in a trace of a run
+        trace.add_node(name, **site, infer={"prior": dist.Normal(0.0, 9.0), "_from_guide": True})
     return trace
 
 
@@ -904,7 +906,11 @@ def test_subsampled_latents(guided: bool) -> None:
         TwistedSMC(chain, Twist(chain) if guided else None, 6, 1).run()
 
 
-@refuses(HANDLERS, "what is no model, or no handler", "error")
+@refuses(
+    HANDLERS,
+    "what is no model, or no handler; `poutine.equalize`, which relates sites of several steps",
+    "error",
+)
 def test_what_cannot_be_handled() -> None:
     chain = LinearGaussianChain(2)
     with pytest.raises(ValueError, match="no methods init.*poutine for plain functions"):
@@ -912,6 +918,8 @@ def test_what_cannot_be_handled() -> None:
     for handler in (poutine.scale, Twist(chain), None):
         with pytest.raises(ValueError, match="is no handler such as"):
             handlers.handle(chain, handler)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="draw what they share once, in a WithLatents"):
+        handlers.handle(chain, poutine.equalize(sites=["x_1", "x_0"]))
     with pytest.raises(SMCFailed, match="'x_0' at step"):
         TwistedSMC(handlers.condition(_Ends(2), {"x_0": tensor(9.0)}), None, 4).run()
 
@@ -1122,16 +1130,66 @@ def test_guidance_scale(kind: str) -> None:
 @composes(
     LATENTS,
     "several populations",
-    "each entry of the model's plate has latents of its own",
+    "each entry of the model's plate has latents of its own, and a guide of them parameters of its "
+    "own",
 )
-def test_latents_of_populations() -> None:
-    model = WithLatents(styled(), draw_style)
-    smc = TwistedSMC(model, None, 4, 1, population_plate="replicates", seed=0)
-    smc.init()
-    assert smc.state["style"].shape == (4, REPLICATES)
-    together = WithLatents(Styled(STEPS, replicates=3), draw_style, shared=True)
-    result = TwistedSMC(together, None, 4, 1, seed=0).run()
-    assert result.state["style"].shape == (4, 1) and result.log_weights.shape == (4,)
+@pytest.mark.parametrize("guided", [False, True])
+def test_latents_of_populations(guided: bool) -> None:
+    """Half of the populations have a reward, the other half none."""
+    model = WithLatents(styled(0.0), draw_both)
+    rewarded = (torch.arange(REPLICATES) < REPLICATES // 2).float()
+    model = Tilted(model, lambda state, x0: pyro.factor("k", 0.5 * rewarded * x0))
+    guide = AutoLatents(model)
+    joint = JointTwist(Twist(model), guide) if guided else None
+    TwistedSMC(model, joint, 2, 1, population_plate="replicates", seed=0).init()
+    if guided:
+        assert guide.shifts.label.shape == (REPLICATES, 2)
+        guide.shifts.label.data[rewarded > 0] += tensor([0.0, 0.7])
+        guide.locs.style_unconstrained.data += 0.2 * rewarded
+    result = run(model, joint)
+    assert result.state["style"].shape == (32, REPLICATES)
+    for share, k in ((rewarded > 0, 0.5), (rewarded == 0, 0.0)):
+        log_z, style, second = exact_posterior(k)
+        found = result.log_normalizer[share]
+        if k or guided:
+            assert_unbiased(found, log_z)
+        means = result.expectation("style")[share]
+        assert_tilted_mean(found, means, log_z, style)
+        means = result.expectation(lambda state: state["label"].double())[share]
+        assert_tilted_mean(found, means, log_z, second)
+
+
+@composes(
+    LATENTS,
+    "latents that the entries of a plate share, `WithLatents(..., shared=True)`",
+    "without `population_plate`: one draw for the whole plate, weighted by all its entries",
+)
+def test_latents_of_a_whole_plate() -> None:
+    """A style that is squeezed by three ends: their sum has a normal law."""
+    chain = Styled(STEPS, k=0.3, replicates=3)
+    model = WithLatents(chain, draw_style, shared=True)
+    result = TwistedSMC(model, None, 20_000, 1, seed=0, resampling="none").run()
+    assert result.state["style"].shape == (20_000, 1) and result.log_weights.shape == (20_000,)
+    gain = sum(chain.a**i for i in range(STEPS))
+    log_z = 0.5 * 0.09 * (3 * chain.variance + (3 * gain * 0.6) ** 2)
+    terms = (result.log_weights - log_z).exp()
+    assert_mean(terms, 1.0)
+    assert_mean(terms * result.state["style"][:, 0], 0.3 * 3 * gain * 0.36)
+
+
+@refuses(
+    LATENTS,
+    "a latent under a name that the model writes to the state, such as `x`",
+    "error; return it from the prior under another name",
+)
+def test_latents_that_the_model_overwrites() -> None:
+    for name in ("x", "style"):
+        inner = WithLatents(Styled(2), draw_style) if name == "style" else Styled(2)
+        model = WithLatents(
+            inner, lambda name=name: {name: pyro.sample("u", dist.Normal(0.0, 1.0))}
+        )
+        with pytest.raises(ValueError, match=rf"writes state\['{name}'\].*another name"):
+            TwistedSMC(model, None, 4).run()
 
 
 @refuses(
@@ -1187,6 +1245,78 @@ def test_guides_of_latents(kind: str, value: bool) -> None:
     assert_law(result, log_z, style, "style")
     assert_law(result, log_z, share, lambda state: state["label"].double())
     assert value == ("latents_log_ratio" in result.state and kind != "none") or kind == "none"
+
+
+KINDS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "counts": (dist.Poisson(1.5), lambda value: value),
+    "classes": (dist.Categorical(tensor([0.2, 0.3, 0.5]).expand(2, 3)).to_event(1), lambda v: v[1]),
+    "one-hot": (dist.OneHotCategorical(tensor([0.2, 0.3, 0.5])), lambda value: value[2]),
+    "switches": (dist.Bernoulli(tensor([0.3, 0.6])).to_event(1), lambda value: value[1]),
+    "heavy tails": (dist.HalfCauchy(1.0), lambda value: value.clamp(max=2.0)),
+    "shares": (dist.Dirichlet(torch.ones(3)), lambda value: value[1]),
+}
+
+
+@composes(
+    GUIDED,
+    "`AutoLatents` for classes, one-hot vectors, switches, shares, heavy tails, and events of them",
+    "each entry is moved by itself; counts without logits come from their prior",
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_automatic_guides_of_all_kinds(kind: str) -> None:
+    """Of a number made of the latent, ``y = number + x_0`` is tilted; its own law is drawn from."""
+    law, number = KINDS[kind]
+
+    def prior() -> dict[str, Tensor]:
+        return {"latent": pyro.sample("latent", law)}
+
+    def potential(state: Any, x0: Tensor) -> None:
+        latent = state["latent"]
+        value = number(
+            latent.movedim(tuple(range(2, latent.dim())), tuple(range(latent.dim() - 2)))
+        )
+        pyro.factor("tilt", 0.4 * value + 0.3 * x0)
+
+    chain = LinearGaussianChain(1, k=0.0, replicates=REPLICATES)
+    model = Tilted(WithLatents(chain, prior), potential)
+    guide = AutoLatents(model)
+    joint = JointTwist(Twist(model), guide)
+    TwistedSMC(model, joint, 2, 1, population_plate="replicates", seed=0).init()
+    own = list(guide.parameters())
+    assert bool(own) == (kind != "counts")
+    for value in own:
+        value.data += 0.1
+    result = run(model, joint)
+    log_z = expected_gain(kind) + 0.5 * 0.09 * chain.variance
+    assert_unbiased(result.log_normalizer, log_z)
+
+
+def expected_gain(kind: str) -> float:
+    """The log of the mean of ``exp(0.4 number)``, by a sum or by quadrature."""
+    if kind == "counts":
+        return 1.5 * math.expm1(0.4)
+    if kind in ("one-hot", "switches"):
+        p = 0.5 if kind == "one-hot" else 0.6
+        return math.log(1 + p * math.expm1(0.4))
+    if kind == "classes":
+        return math.log(0.2 + 0.3 * math.exp(0.4) + 0.5 * math.exp(0.8))
+    if kind == "heavy tails":
+        # by the quantiles, which are tan(pi u / 2)
+        u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+        values = (math.pi * u / 2).tan().clamp(max=2.0)
+    else:
+        # one of three uniform shares is Beta(1, 2)
+        u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+        values = 1 - (1 - u).sqrt()
+    return float((0.4 * values).exp().mean().log())
+
+
+def test_joint_twists_can_be_pickled() -> None:
+    model = WithLatents(Styled(STEPS), draw_style)
+    joint = JointTwist(Twist(model), AutoLatents(Styled(STEPS)), sites=["style"])
+    for one in (joint, JointTwist(Twist(model))):
+        again = pickle.loads(pickle.dumps(one))
+        assert again.proposes("style") and not again.proposes("x_2")
 
 
 @composes(
@@ -1250,6 +1380,22 @@ class _Explicit:
             + pyro.param("slope", torch.zeros(2)) * style[..., None]
         )
         pyro.sample("label", dist.Categorical(logits=logits))
+
+
+def test_the_ridge_holds_a_guide_where_it_started() -> None:
+    """The same pass, fitted with a penalty that nothing outweighs, and with hardly any."""
+
+    def moved(ridge: float) -> float:
+        model = WithLatents(Styled(STEPS, k=0.5), draw_both)
+        joint = JointTwist(ShiftTwist(model), AutoLatents(model), value=True, ridge=ridge)
+        smc = TrustRegionTwist(model, joint, 200, num_iterations=1, guard=False, seed=0)
+        smc.sample()
+        before = [value.detach().clone() for value in joint.parts()[1].parameters()]
+        smc.update()
+        pairs = zip(joint.parts()[1].parameters(), before, strict=True)
+        return max(float((now - then).detach().abs().max()) for now, then in pairs)
+
+    assert moved(1e6) < 1e-3 and moved(1e-2) > 0.1
 
 
 @composes(

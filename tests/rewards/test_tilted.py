@@ -489,6 +489,11 @@ def test_scales_broadcast_over_the_batch(scale: torch.Tensor) -> None:
         (lambda: RewardTilted(Chain(), total, math.inf), "scale of 'reward' is inf"),
         (lambda: RewardTilted(RewardTilted(Chain(), total), total), "a reward 'reward' already"),
         (lambda: RewardTilted(Tilted(RewardTilted(Chain(), total), print), total), "already"),
+        (lambda: RewardTilted(Chain(), {"a": total}, "a"), "where the reward of that name"),
+        (
+            lambda: RewardTilted(RewardTilted(Chain(), total), {"a": total}, "reward"),
+            "where the reward of that name",
+        ),
         (lambda: RewardTilted(Chain(), {"x0_hat": total}), "cannot be named 'x0_hat'"),
         (lambda: RewardTilted(Chain(), {"x_0": total}), "cannot be named 'x_0'"),
         (

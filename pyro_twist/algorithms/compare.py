@@ -1,0 +1,337 @@
+# Copyright Contributors to the pyro_twist project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Several algorithms on one model, at one budget, over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyro_twist.algorithms.registry import Algorithm, Setting, algorithms, find_algorithm
+from pyro_twist.algorithms.scored import Scored
+from pyro_twist.infer import SMCFailed, SMCResult
+from pyro_twist.infer.weights import weighted_mean
+from pyro_twist.rewards.reward import RewardError
+from pyro_twist.rewards.tilted import log_potential
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+__all__ = ["FIGURES", "Comparison", "Estimate", "compare"]
+
+#: What is measured of a run, and how it is written above a column.
+FIGURES = {
+    "log_normalizer": "log Z",
+    "objective": "E[reward]",
+    "best": "best",
+    "ess": "ESS",
+    "denoiser": "denoiser calls",
+    "reward": "reward calls",
+    "seconds": "seconds",
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    A mean over seeds.
+
+    :param float mean: The mean; NaN if no run has the figure.
+    :param float error: Half the width of its 95 % interval by Student's t; NaN for one run.
+    :param float sd: The standard deviation over seeds; NaN for one run.
+    :param int size: The number of runs.
+    """
+
+    mean: float
+    error: float
+    sd: float
+    size: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Estimate:
+        """The estimate from the runs that have a finite value."""
+        finite = [value for value in values if math.isfinite(value)]
+        if not finite:
+            return Estimate(math.nan, math.nan, math.nan, 0)
+        mean = sum(finite) / len(finite)
+        if len(finite) == 1:
+            return Estimate(mean, math.nan, math.nan, 1)
+        sd = math.sqrt(sum((v - mean) ** 2 for v in finite) / (len(finite) - 1))
+        from scipy.stats import t
+
+        error = float(t.ppf(0.975, len(finite) - 1)) * sd / math.sqrt(len(finite))
+        return Estimate(mean, error, sd, len(finite))
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "–"
+        error = "" if math.isnan(self.error) else f" ± {self.error:.2f}"
+        return f"{self.mean:.2f}{error}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    What several algorithms found on one model.
+
+    :param list rows: For each run its ``algorithm``, ``seed`` and the figures of :data:`FIGURES`;
+        ``None`` where there is none. The rewards are log-potentials, in nats.
+    :param int budget: The trajectories that each had.
+    """
+
+    rows: list[Row]
+    budget: int
+
+    @property
+    def names(self) -> list[str]:
+        """The algorithms, in the order in which they were asked for."""
+        return list(dict.fromkeys(row["algorithm"] for row in self.rows))
+
+    def returns(self, name: str) -> str:
+        """What an algorithm returns, such as ``"samples of the tilted law"``."""
+        return str(next(row["returns"] for row in self.rows if row["algorithm"] == name))
+
+    def values(self, name: str, figure: str) -> dict[int, float]:
+        """A figure of an algorithm by seed; NaN where a run has none."""
+        rows = [row for row in self.rows if row["algorithm"] == name]
+        return {r["seed"]: math.nan if r[figure] is None else float(r[figure]) for r in rows}
+
+    def estimate(self, name: str, figure: str) -> Estimate:
+        """
+        The mean of a figure over seeds.
+
+        :param str name: The algorithm.
+        :param str figure: One of :data:`FIGURES`.
+        """
+        return Estimate.of(list(self.values(name, figure).values()))
+
+    def difference(self, name: str, other: str, figure: str) -> Estimate:
+        """
+        By how much one algorithm's figure is above another's, seed by seed.
+
+        :param str name: The one.
+        :param str other: The other.
+        :param str figure: One of :data:`FIGURES`.
+        """
+        first, second = self.values(name, figure), self.values(other, figure)
+        return Estimate.of([first[seed] - second[seed] for seed in first if seed in second])
+
+    def table(self) -> str:
+        """Means and intervals, as Markdown."""
+        shown = ("log_normalizer", "objective", "best", "ess")
+        head = ["algorithm", "returns", "log Z", "sd of log Z", *(FIGURES[f] for f in shown[1:])]
+        head += ["denoiser calls", "reward calls", "seconds"]
+        lines = [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+        lines += [f"| {' | '.join(self._line(name, shown))} |" for name in self.names]
+        return "\n".join(lines)
+
+    def _line(self, name: str, shown: Sequence[str]) -> list[str]:
+        estimates = [self.estimate(name, figure) for figure in shown]
+        sd = "–" if math.isnan(estimates[0].sd) else f"{estimates[0].sd:.2f}"
+        cells = [str(estimates[0]), sd, *map(str, estimates[1:])]
+        calls = [f"{self.estimate(name, kind).mean:,.0f}" for kind in ("denoiser", "reward")]
+        failed = sum(row["failed"] for row in self.rows if row["algorithm"] == name)
+        mark = f" ({failed} failed)" if failed else ""
+        return [
+            name + mark,
+            self.returns(name),
+            *cells,
+            *calls,
+            f"{self.estimate(name, 'seconds').mean:.1f}",
+        ]
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dataframe(self) -> DataFrame:
+        """The rows as a pandas ``DataFrame``; needs pandas."""
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise ImportError(
+                "to_dataframe needs pandas, as in pip install pandas; .rows has the same as a list"
+            ) from error
+        return DataFrame(self.rows)
+
+    def plot(self, **options: Any) -> Figure:
+        """
+        Draws log Z and rewards with their intervals; needs the extra ``plots``.
+
+        :param options: Passed to :func:`pyro_twist.algorithms.plots.plot_comparison`.
+        """
+        from pyro_twist.algorithms.plots import plot_comparison
+
+        return plot_comparison(self, **options)
+
+
+def compare(
+    model: Any,
+    algorithms: Sequence[str | Algorithm] | None = None,
+    *,
+    budget: int = 16,
+    seeds: int | Sequence[int] = 5,
+    max_plate_nesting: int = 0,
+    population_plate: str | None = None,
+    path: str | Path | None = None,
+    progress: bool | None = None,
+) -> Comparison:
+    """
+    Runs several algorithms on one model, with the same number of trajectories and the same seeds.
+
+    Every algorithm has ``budget`` trajectories of the denoiser, the passes that it learns from
+    included. How many reward calls it makes of them is its own affair, and a column of the table.
+
+    :param model: A tilted model, such as :class:`~pyro_twist.rewards.RewardTilted`.
+    :param algorithms: Names, see :func:`pyro_twist.algorithms.algorithms`, or
+        :class:`~pyro_twist.algorithms.Algorithm` objects of your own; all that fit the model if
+        ``None``.
+    :param int budget: The number of trajectories.
+    :param seeds: The number of seeds, or the seeds.
+    :param int max_plate_nesting: Bound on the number of nested plates in the model.
+    :param str population_plate: The plate whose entries are separate populations, over which the
+        figures are averaged.
+    :param path: A file that finished runs are appended to, one JSON object a line; those that are
+        in it already are not repeated, so that a run that was killed goes on.
+    :param bool progress: Whether to show a progress bar; by default on a terminal only.
+    :returns: Tables, intervals and plots of what was found.
+    :rtype: Comparison
+    :raises ValueError: If a name is unknown, an algorithm does not fit the model, or a number is
+        out of range.
+
+    Example::
+
+        comparison = pyro_twist.compare(model, ["best-of-n", "fk", "tri-tsmc"], budget=16, seeds=10)
+        print(comparison)
+        print(comparison.difference("tri-tsmc", "fk", "log_normalizer"))
+    """
+    chosen = _chosen(model, algorithms)
+    numbers = _seeds(seeds)
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise ValueError(f"budget={budget!r}; give a whole number of trajectories, 1 or more")
+    setting = Setting(Scored(model), budget, max_plate_nesting, population_plate)
+    file = _File(path, budget)
+    jobs = [(seed, one) for seed in numbers for one in chosen]
+    for seed, one in _bar(jobs, progress):
+        if file.find(one.name, seed) is None:
+            file.add(_run(one, replace(setting, seed=seed)))
+    rows = [row for one in chosen for seed in numbers if (row := file.find(one.name, seed))]
+    return Comparison(rows, budget)
+
+
+def _chosen(model: Any, wanted: Sequence[str | Algorithm] | None) -> list[Algorithm]:
+    if isinstance(wanted, str):
+        wanted = [wanted]
+    if wanted is None:
+        return list(algorithms(model).values())
+    found = [one if isinstance(one, Algorithm) else find_algorithm(one) for one in wanted]
+    if not found:
+        raise ValueError("algorithms is empty; name at least one, or leave it out for all")
+    for one in found:
+        if reason := one.unmet(model):
+            raise ValueError(
+                f"algorithm {one.name!r} {reason}, so that it does not fit {type(model).__name__}"
+            )
+    return found
+
+
+def _seeds(seeds: int | Sequence[int]) -> list[int]:
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds >= 1:
+        return list(range(seeds))
+    if isinstance(seeds, Sequence) and seeds and all(isinstance(one, int) for one in seeds):
+        return list(dict.fromkeys(seeds))
+    raise ValueError(f"seeds={seeds!r}; give a number of seeds, 1 or more, or a list of them")
+
+
+def _bar(jobs: list[tuple[int, Algorithm]], progress: bool | None) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    disable = None if progress is None else not progress
+    with tqdm(jobs, disable=disable, desc="compare", unit="run") as bar:
+        for seed, one in bar:
+            bar.set_postfix_str(f"{one.name}, seed {seed}")
+            yield seed, one
+
+
+def _run(one: Algorithm, setting: Setting) -> Row:
+    """One run's row; one in which no particle has weight is a row without figures."""
+    head = {"algorithm": one.name, "returns": one.returns, "seed": setting.seed}
+    start = time.perf_counter()
+    torch.manual_seed(setting.seed or 0)  # for rewards that draw noise
+    try:
+        result = one.make(setting).run()
+    except SMCFailed:
+        return {**head, **dict.fromkeys(FIGURES), "failed": True, "budget": setting.num_particles}
+    except RewardError as error:
+        error.add_note(f"in {one.name!r} with seed {setting.seed}; rows of finished runs are kept")
+        raise
+    found = figures(result, one, setting.model)
+    found["seconds"] = round(time.perf_counter() - start, 3)
+    return {**head, **found, "failed": False, "budget": setting.num_particles}
+
+
+def figures(result: SMCResult, one: Algorithm, model: Any) -> Row:
+    """
+    What is measured of a result, averaged over populations.
+
+    :param SMCResult result: The result of a run.
+    :param Algorithm one: The algorithm.
+    :param model: The model, which writes its ``"objective"`` or can say what it is.
+    """
+    score = result._by_population(_objective(result, model)).reshape(result.log_weights.shape)
+    log_weights = result.log_weights
+    if one.returns == "a maximiser":  # its first particle is what it returns
+        log_weights = torch.full_like(log_weights, -torch.inf)
+        log_weights[0] = 0.0
+    if not one.tilted:
+        log_weights = torch.zeros_like(log_weights)
+    alive = torch.where(score == -torch.inf, -torch.inf, log_weights)
+    found = {
+        "log_normalizer": float(result.log_normalizer.mean()) if one.weighted else math.nan,
+        "objective": float(weighted_mean(score, alive).mean()),
+        "best": float(score.amax(0).mean()),
+        "ess": float(result.get_ESS().mean()) if one.weighted else math.nan,
+    }
+    counts = {kind: result.counts.get(kind, 0) for kind in ("denoiser", "reward")}
+    return {k: v if math.isfinite(v) else None for k, v in found.items()} | counts
+
+
+def _objective(result: SMCResult, model: Any) -> torch.Tensor:
+    """The log-potential of the particles; models of another law do not end as the tilted one."""
+    if "objective" in result.state:
+        return result.state["objective"]
+    return log_potential(model, result.state, result.state["x"])
+
+
+class _File:
+    """The rows of finished runs, kept in a file if there is one."""
+
+    def __init__(self, path: str | Path | None, budget: int) -> None:
+        self.path, self.budget = None if path is None else Path(path), budget
+        self.rows: dict[tuple[str, int], Row] = {}
+        if self.path is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                self._keep(json.loads(line))
+
+    def _keep(self, row: Mapping[str, Any]) -> None:
+        if row["budget"] == self.budget:
+            self.rows[row["algorithm"], row["seed"]] = dict(row)
+
+    def find(self, name: str, seed: int) -> Row | None:
+        return self.rows.get((name, seed))
+
+    def add(self, row: Row) -> None:
+        self._keep(row)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
