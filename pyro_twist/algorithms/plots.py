@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def _draw(axes: Axes, comparison: Comparison, names: list[str], figure: str) -> 
         exact = comparison.returns(name) == "samples of the tilted law"
         face = ACCENT if exact else "white"
         axes.plot(values, [row] * len(values), "|", color=SOFT, markersize=7)
-        style = {"color": ACCENT, "markerfacecolor": face, "capsize": 2, "markersize": 5}
+        style: dict[str, Any] = {"color": ACCENT, "markerfacecolor": face, "capsize": 2, "markersize": 5}
         axes.errorbar(estimate.mean, row, xerr=error, fmt="o", **style)
     axes.set_xlabel(_PANELS.get(figure, figure))
     axes.grid(axis="x", color=SOFT, alpha=0.3, linewidth=0.6)
@@ -65,7 +65,7 @@ def _draw(axes: Axes, comparison: Comparison, names: list[str], figure: str) -> 
         axes.spines[side].set_visible(False)
 
 
-def _pyplot():  # type: ignore[no-untyped-def]
+def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:

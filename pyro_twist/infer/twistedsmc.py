@@ -569,7 +569,7 @@ def _label(method: str, args: Any) -> str:
     return f"{method}({args[0]})" if args and isinstance(args[0], (int, str)) else method
 
 
-def _check_resample_at(times: Collection[int] | None, model: Any) -> frozenset[int] | None:
+def _check_resample_at(times: Any, model: Any) -> frozenset[int] | None:
     if times is None:
         return None
     timesteps = tuple(getattr(model, "timesteps", ()))
