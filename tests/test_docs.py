@@ -26,11 +26,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "docs/index.md",
+    "docs/algorithms.md",
     "docs/combining.md",
     "docs/composition.md",
     "docs/hierarchies.md",
     "docs/preferences.md",
     "docs/instrument.md",
+    "docs/inverse.md",
     "docs/learning.md",
     "docs/statespace.md",
     "docs/api/pyro_twist.md",
@@ -75,6 +77,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(zoo, "load", small_diffusion)
     monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda path: lambda x, timestep: x)
+    monkeypatch.setattr(registry, "_ALGORITHMS", registry.algorithms())  # a copy to add to
     monkeypatch.chdir(tmp_path)
 
 

@@ -130,8 +130,8 @@ def test_posterior_by_a_learned_twist() -> None:
     model = observed(diffusion, operator, y, NOISE)
     log_z, mean, cov = exact(*chain_law(diffusion), matrix(operator), y)
     log_zs, means, squares = [], [], []
-    for seed in range(60):
-        smc = TrustRegionTwist(model, None, 128, num_iterations=0, seed=seed, progress=False)
+    for seed in range(25):
+        smc = TrustRegionTwist(model, None, 256, num_iterations=0, seed=seed, progress=False)
         result = smc.run()
         apart = result.expectation(lambda s: s["x"].double().flatten(1) - mean)
         square = result.expectation(lambda s: (s["x"].double().flatten(1)[:, 5] - mean[5]).square())
@@ -146,7 +146,10 @@ def test_posterior_by_a_learned_twist() -> None:
 
 MIXTURE_METHODS = {
     **METHODS,
-    "TRI-TSMC": lambda model, n, **o: TrustRegionTwist(model, None, n, num_iterations=0, **o),
+    # every step for a hundred steps would leave few ancestors
+    "URGE": lambda model, n, **o: TwistedSMC(model, GuidedTwist(model), n, **o),
+    "nested": lambda model, n, **o: METHODS["nested"](model, 2 * n, **o),
+    "TRI-TSMC": lambda model, n, **o: TrustRegionTwist(model, None, n // 3, num_iterations=0, **o),
 }
 
 
@@ -155,9 +158,9 @@ def test_posterior_of_gaussian_mixture_pictures(method: str) -> None:
     """
     Two of four pixels of a mixture: which component it is, and what the others are.
 
-    100 steps, whose discretisation moves log Z and means by less than a third of the tolerances:
-    log Z within 0.12, means of pixels and shares of components within 0.1. The spread of 2,000
-    particles is a sixth of that, or less.
+    100 steps, whose discretisation moves log Z by 0.02, means of pixels and shares of components by
+    0.01 or less. Log Z is to be within 0.12, the others within 0.1: more than five times the
+    spread of every method.
     """
     shape, keep = (1, 2, 2), Mask(torch.tensor([[[True, False], [True, False]]]))
     a = matrix(keep, shape)
@@ -171,7 +174,7 @@ def test_posterior_of_gaussian_mixture_pictures(method: str) -> None:
     joint = weights.double().log() + torch.stack([log_z for log_z, _, _ in parts])
     shares = joint.softmax(0)
     mean = sum(share * part[1] for share, part in zip(shares, parts, strict=True))
-    smc = MIXTURE_METHODS[method](observed(diffusion, keep, y, NOISE), 2000, seed=0, progress=False)
+    smc = MIXTURE_METHODS[method](observed(diffusion, keep, y, NOISE), 6000, seed=0, progress=False)
     result = smc.run()
     assert float(result.log_normalizer) == pytest.approx(float(joint.logsumexp(0)), abs=0.12)
     found = result.expectation(lambda state: state["x"].flatten(1))

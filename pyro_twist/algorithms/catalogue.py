@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyro_twist.algorithms.registry import Algorithm, Returns, Runnable, Setting, register_algorithm
+from pyro_twist.diffusion import RewardCorrector
 from pyro_twist.infer import (
     SVDD,
     BeamSearch,
@@ -40,6 +41,7 @@ from pyro_twist.twists import (
 __all__: list[str] = []
 
 LAW: Returns = "samples of the tilted law"
+CLOSE: Returns = "samples of nearly the tilted law"
 OTHER: Returns = "samples of another law"
 BEST: Returns = "a maximiser"
 
@@ -113,6 +115,16 @@ def _psi(setting: Setting) -> Runnable:
     spare = setting.num_particles * steps - size * steps
     options = {**setting.resampled, "num_particles": size, "num_moves": spare // size}
     return PsiSampler(setting.model, GradientTwist(setting.model), **options)
+
+
+def _corrected(strength: float, **options: Any) -> Callable[[Setting], Runnable]:
+    """Marginals tilted at every time, with particle weights."""
+
+    def make(setting: Setting) -> Runnable:
+        model = RewardCorrector(setting.model, strength, **options)
+        return TwistedSMC(model, None, **setting.resampled)
+
+    return make
 
 
 def _uncorrected(setting: Setting) -> Runnable:
@@ -263,6 +275,28 @@ _LIST = [
         needs=("gradient",),
         costs="a reward call for each step and move, and gradients of reward and denoiser",
         reference="https://arxiv.org/abs/2506.01320",
+    ),
+    Algorithm(
+        "fkc",
+        "Feynman-Kac corrector",
+        "Half of the reward's gradient in the drift, at the state itself, and weights that correct "
+        "for the rest; right as the steps get finer.",
+        CLOSE,
+        _corrected(0.5),
+        needs=("gradient",),
+        costs="a reward call a step, and its gradient",
+        reference="https://arxiv.org/abs/2503.02819",
+    ),
+    Algorithm(
+        "afdps",
+        "AFDPS",
+        "The whole of the reward's gradient in the drift, and weights with its Laplacian, "
+        "estimated from four probes; right as the steps get finer.",
+        CLOSE,
+        _corrected(1.0, laplacian=4),
+        needs=("gradient",),
+        costs="a reward call a step, its gradient, and four products with its Hessian",
+        reference="https://arxiv.org/abs/2506.03979",
     ),
     Algorithm(
         "guided-fk",

@@ -56,7 +56,12 @@ def _draw(axes: Axes, comparison: Comparison, names: list[str], figure: str) -> 
         exact = comparison.returns(name) == "samples of the tilted law"
         face = ACCENT if exact else "white"
         axes.plot(values, [row] * len(values), "|", color=SOFT, markersize=7)
-        style: dict[str, Any] = {"color": ACCENT, "markerfacecolor": face, "capsize": 2, "markersize": 5}
+        style: dict[str, Any] = {
+            "color": ACCENT,
+            "markerfacecolor": face,
+            "capsize": 2,
+            "markersize": 5,
+        }
         axes.errorbar(estimate.mean, row, xerr=error, fmt="o", **style)
     axes.set_xlabel(_PANELS.get(figure, figure))
     axes.grid(axis="x", color=SOFT, alpha=0.3, linewidth=0.6)

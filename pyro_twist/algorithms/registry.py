@@ -25,7 +25,11 @@ __all__ = [
 ]
 
 Returns = Literal[
-    "samples of the model", "samples of the tilted law", "samples of another law", "a maximiser"
+    "samples of the model",
+    "samples of the tilted law",
+    "samples of nearly the tilted law",
+    "samples of another law",
+    "a maximiser",
 ]
 Need = Literal["masked", "gaussian", "gradient", "vector"]
 
@@ -87,9 +91,9 @@ class Algorithm:
     :param str name: What to write to get it.
     :param str title: What to write above a plot.
     :param str description: A sentence on what it does.
-    :param str returns: ``"samples of the model"``, ``"samples of the tilted law"``, ``"samples of
-        another law"`` or ``"a maximiser"``. A maximiser's particles are ranked, the best first,
-        and the first is what it returns.
+    :param str returns: ``"samples of the model"``, ``"samples of the tilted law"``, of ``"nearly
+        the tilted law"``, which it comes to as steps get finer, or of ``"another law"``, or ``"a
+        maximiser"``, whose particles are ranked: the first is what it returns.
     :param callable make: Makes the inference object from a :class:`Setting`.
     :param bool default: Whether it is run if none is named.
     :param tuple needs: What the model must have: ``"masked"`` tokens, ``"gaussian"`` kernels, a
@@ -119,7 +123,7 @@ class Algorithm:
     @property
     def weighted(self) -> bool:
         """Whether its particles have weights, and a normaliser."""
-        return self.returns in ("samples of the tilted law", "samples of another law")
+        return self.returns not in ("samples of the model", "a maximiser")
 
     def unmet(self, model: Any) -> str:
         """

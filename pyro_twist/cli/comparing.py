@@ -22,6 +22,7 @@ __all__ = ["compare_command"]
 _SHORT = {
     "samples of the model": "model",
     "samples of the tilted law": "tilted law",
+    "samples of nearly the tilted law": "nearly that",
     "samples of another law": "another law",
     "a maximiser": "maximiser",
 }

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_twist.diffusion.chunks import Chunks, checkpointed
+
 __all__ = ["BatchedDenoiser"]
 
 
@@ -35,7 +37,8 @@ class BatchedDenoiser:
         ``guidance_scale`` in the state takes precedence.
     :param dict event_dims: Number of event dimensions of a conditioning tensor, by name; 0 where
         nothing is said.
-    :param int chunk_size: At most this many rows per call of the network.
+    :param int chunk_size: At most this many rows per call of the network; half of it, and so on,
+        once memory runs out.
     :param bool doubled: Whether the output has twice the channels (a learned variance), of which
         only the first half is guided.
     """
@@ -63,8 +66,13 @@ class BatchedDenoiser:
         if null_conditioning is not None:
             self.null_conditioning = {k: _as_tensor(v) for k, v in null_conditioning.items()}
         self.guidance_scale = guidance_scale
-        self.chunk_size = chunk_size
+        self._chunks = Chunks(chunk_size)
         self.num_rows = 0
+
+    @property
+    def chunk_size(self) -> int | None:
+        """At most this many rows per call of the network; smaller once memory has run out."""
+        return self._chunks.size
 
     @property
     def device(self) -> torch.device:
@@ -148,24 +156,14 @@ class BatchedDenoiser:
 
     def _evaluate(self, rows: Tensor, timestep: float, conditioning: dict[str, Any]) -> Tensor:
         """The network's output, a chunk at a time."""
-        size = self.chunk_size or max(len(rows), 1)
-        if len(rows) <= size:
-            return self._call(rows, timestep, conditioning)
-        chunks = []
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
+
+        def evaluate(part: slice) -> Tensor:
+            if part == slice(0, len(rows)):
+                return self._call(rows, timestep, conditioning)
             some = {k: v[part] if isinstance(v, Tensor) else v for k, v in conditioning.items()}
-            chunks.append(self._call_chunk(rows[part], timestep, some))
-        return torch.cat(chunks)
+            return checkpointed(self._call, rows[part], timestep, some)
 
-    def _call_chunk(self, rows: Tensor, timestep: float, conditioning: dict[str, Any]) -> Tensor:
-        """One of several chunks; its graph is made again in the backward pass, not kept."""
-        if not (torch.is_grad_enabled() and rows.requires_grad):
-            return self._call(rows, timestep, conditioning)
-        from torch.utils.checkpoint import checkpoint
-
-        output: Tensor = checkpoint(self._call, rows, timestep, conditioning, use_reentrant=False)
-        return output
+        return self._chunks(evaluate, len(rows))
 
     def _call(self, rows: Tensor, timestep: float, conditioning: dict[str, Any]) -> Tensor:
         parameter = self._parameter()

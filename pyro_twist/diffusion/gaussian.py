@@ -16,7 +16,9 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_twist.diffusion.chunks import Chunks, checkpointed
 from pyro_twist.diffusion.denoiser import BatchedDenoiser
+from pyro_twist.diffusion.kernels import GaussianSchedule
 from pyro_twist.diffusion.schedules import make_schedule
 
 __all__ = ["GaussianDiffusion"]
@@ -69,10 +71,19 @@ class GaussianDiffusion:
         such as ``{"encoder_hidden_states": 2}``; 0 where nothing is said.
     :param tuple plate: Name and size of a plate, such as ``("classes", 8)``, opened at dim -1
         around every site; inference needs ``max_plate_nesting=1``.
-    :param int chunk_size: At most this many rows per call of the network (guidance takes two rows
-        per sample) and of the decoder.
+    :param int chunk_size: At most this many rows per call of the network; guidance takes two rows
+        per sample. Where memory runs out, rows are taken in halves, which is said once.
+    :param int decode_chunk_size: At most this many samples per call of the decoder; by default
+        ``chunk_size``.
     :param callable decoder: Maps samples of shape ``(rows,) + event_shape`` to user space, such as
         images of shape ``(rows, channels, height, width)`` in [0, 1].
+    :param Tensor start: A clean sample to start from instead of pure noise, of shape
+        ``event_shape``, or one per entry of the plate; it is noised to ``start_time`` (C. Meng et
+        al. 2021, SDEdit, https://arxiv.org/abs/2108.01073).
+    :param start_std: The standard deviation of the clean sample where that is uncertain, such as an
+        encoder's; a number or a tensor of the shape of ``start``.
+    :param int start_time: The time index at which a process with a ``start`` begins, from 1 to
+        ``num_inference_steps``, the default; so many steps are run.
     :param bool use_clipped_model_output: DDIM only: take the noise from the clipped prediction.
     :param dict timestep_options: More arguments of the scheduler's ``set_timesteps``.
     :raises ValueError: If the scheduler has no exact Gaussian kernel, or an option does not fit.
@@ -92,7 +103,11 @@ class GaussianDiffusion:
         conditioning_event_dims: Mapping[str, int] | None = None,
         plate: tuple[str, int] | None = None,
         chunk_size: int | None = None,
+        decode_chunk_size: int | None = None,
         decoder: Callable[[Tensor], Tensor] | None = None,
+        start: Tensor | None = None,
+        start_std: float | Tensor = 0.0,
+        start_time: int | None = None,
         use_clipped_model_output: bool = False,
         timestep_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -106,7 +121,12 @@ class GaussianDiffusion:
             use_clipped_model_output=use_clipped_model_output,
             timestep_options=timestep_options,
         )
+        self.start, self.start_std = start, start_std
+        if start is not None or start_time is not None:
+            self.schedule = self._starting_at(start_time)
         self.timesteps = tuple(range(len(self.schedule), 0, -1))
+        #: The prompts, one per entry of the plate; empty for models without.
+        self.prompts: tuple[str, ...] = ()
         self.plate = plate
         self._plate: AbstractContextManager[Any] = contextlib.nullcontext()
         if plate is not None:
@@ -115,8 +135,8 @@ class GaussianDiffusion:
                 self._plate = pyro.plate(plate[0], plate[1], dim=-1)
         self.decoder = decoder
         self.keep_graph = False
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size} is not a positive integer; try chunk_size=8")
+        decode_chunk_size = chunk_size if decode_chunk_size is None else decode_chunk_size
+        self._decoding = Chunks(decode_chunk_size, "decode_chunk_size")
         self.denoiser = BatchedDenoiser(
             denoiser,
             self.event_shape,
@@ -128,6 +148,88 @@ class GaussianDiffusion:
             doubled=self.schedule.learned_variance is not None,
         )
         self._check_conditioning()
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        prompt: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        guidance_scale: float | Sequence[float] | Tensor | None = None,
+        num_inference_steps: int = 50,
+        scheduler: Any = None,
+        eta: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        chunk_size: int | None = None,
+        decode_chunk_size: int | None = None,
+        timestep_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> GaussianDiffusion:
+        """
+        Builds the model from the components of a diffusers pipeline, which is not changed.
+
+        Prompts are encoded here, once. The state is the pipeline's latents, ``decode`` maps them to
+        images in [0, 1]. Options are named as in the pipeline's own call::
+
+            pipe = StableDiffusionPipeline.from_pretrained(...)
+            diffusion = GaussianDiffusion.from_pipeline(pipe, "a blue cat on a red mat")
+
+        A list of prompts opens the plate ``"prompts"`` with one population each::
+
+            diffusion = GaussianDiffusion.from_pipeline(pipe, ["a blue cat", "a red fox"])
+            smc = TwistedSMC(diffusion, None, 8, max_plate_nesting=1, population_plate="prompts")
+
+        :param pipe: A pipeline such as ``StableDiffusionPipeline``; see
+            :mod:`pyro_twist.diffusion.pipelines` for those that are known and how to add one.
+        :param prompt: A prompt or a list of them; class labels, by name or index, for ``DiT``;
+            ``None`` for pipelines without.
+        :param negative_prompt: What guidance leads away from, one or one per prompt; by default the
+            pipeline's own.
+        :param guidance_scale: Strength of guidance, a number or one per prompt; by default the
+            pipeline's own. As in diffusers, guidance is off at 1 or less.
+        :param int num_inference_steps: Number of steps of the scheduler.
+        :param scheduler: A diffusers scheduler to use instead of the pipeline's own. By default
+            the pipeline's own where its steps are Markov and Gaussian; else, which a warning
+            says, DDIM with ``eta=1`` made from its config, and for flow matching the stochastic
+            process of the same marginals. ``"keep"`` refuses what it would have to replace.
+        :param float eta: Strength of the noise for DDIM and flow matching, by default 1.
+        :param int height: The height of the images in pixels; by default the pipeline's own.
+        :param int width: Their width.
+        :param image: What to start from instead of pure noise (image to image), as the pipeline's
+            image processor takes it: a PIL image, an array, a tensor in [0, 1], or latents; one, or
+            one per prompt. For pipelines of inpainting, the image to be filled in.
+        :param float strength: How much of the image is replaced, in (0, 1]: the share of the steps
+            that are run.
+        :param int chunk_size: At most this many rows per call of the network; guidance takes two
+            rows per sample. Where memory runs out, rows are taken in halves, which is said once.
+        :param int decode_chunk_size: At most this many samples per call of the decoder.
+        :param dict timestep_options: More arguments of the scheduler's ``set_timesteps``.
+        :param options: What else the pipeline's kind knows, such as ``clip_skip``,
+            ``original_size``, ``true_cfg_scale`` or ``mask_image``.
+        :raises ValueError: If the pipeline is not known, or an option does not fit.
+        """
+        from pyro_twist.diffusion.pipelines.build import build
+
+        return build(
+            cls,
+            pipe,
+            prompt,
+            negative_prompt,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            scheduler=scheduler,
+            eta=eta,
+            image=image,
+            strength=strength,
+            timestep_options=timestep_options,
+            options={"height": height, "width": width, **options},
+            chunk_size=chunk_size,
+            decode_chunk_size=decode_chunk_size,
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -174,10 +276,16 @@ class GaussianDiffusion:
         self._write(state, t - 1, x)
 
     def initial(self) -> dist.TorchDistribution:
-        """The law of :math:`x_T`, of empty batch shape."""
+        """The law of :math:`x_T`, of empty batch shape unless the plate's entries start apart."""
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        mean = torch.zeros(self.event_shape, dtype=dtype, device=self.denoiser.device)
-        return dist.Normal(mean, self.schedule.init_std).to_event(len(self.event_shape))
+        level = torch.tensor(self.schedule.init_std, dtype=dtype, device=self.denoiser.device)
+        if self.start is None:
+            return dist.Normal(level.new_zeros(self.event_shape), level).to_event(
+                len(self.event_shape)
+            )
+        alpha = self.schedule[len(self.schedule)].alpha
+        std = torch.hypot(alpha * torch.as_tensor(self.start_std).to(level), level)
+        return dist.Normal(alpha * self.start.to(level), std).to_event(len(self.event_shape))
 
     def kernel(self, state: Mapping[Any, Tensor], t: int) -> dist.TorchDistribution:
         """
@@ -234,9 +342,29 @@ class GaussianDiffusion:
             return (x / 2 + 0.5).clamp(0, 1) if len(self.event_shape) == 3 else x
         batch_shape = x.shape[: x.dim() - len(self.event_shape)]
         rows = x.reshape((-1,) + self.event_shape)
-        chunks = rows.split(self.denoiser.chunk_size or max(len(rows), 1))
-        decoded = torch.cat([self.decoder(chunk) for chunk in chunks])
+        decoder = self.decoder
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            decoded = self._decoding(lambda part: self._decode(decoder, rows, part), len(rows))
         return decoded.reshape(batch_shape + decoded.shape[1:])
+
+    def _decode(self, decoder: Callable[[Tensor], Tensor], rows: Tensor, part: slice) -> Tensor:
+        whole = part == slice(0, len(rows))
+        return decoder(rows) if whole else checkpointed(decoder, rows[part])
+
+    def _starting_at(self, time: int | None) -> GaussianSchedule:
+        """The schedule's last part, for a process that begins with a noised sample."""
+        total, shape = len(self.schedule), self.event_shape
+        time = total if time is None else time
+        if self.start is None:
+            raise ValueError(f"start_time={time} needs start, the clean sample that is noised")
+        if isinstance(time, bool) or not isinstance(time, int) or not 1 <= time <= total:
+            raise ValueError(f"start_time={time!r} is not a time index from 1 to {total}")
+        if self.start.shape[self.start.dim() - len(shape) :] != shape:
+            raise ValueError(
+                f"start has shape {tuple(self.start.shape)}, which does not end in the event_shape "
+                f"{tuple(shape)}"
+            )
+        return self.schedule.starting_at(time)
 
     def _write(self, state: MutableMapping[Any, Tensor], t: int, x: Tensor) -> None:
         """Stores ``x``, which has time index ``t``, and the prediction made from it."""

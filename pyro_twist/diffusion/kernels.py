@@ -91,6 +91,16 @@ class GaussianSchedule:
             raise ValueError(f"time index {t} is outside {len(self.steps)}..1")
         return self.steps[len(self.steps) - t]
 
+    def starting_at(self, t: int) -> GaussianSchedule:
+        """
+        The rest of the process, from :math:`x_t` on.
+
+        :param int t: A time index, at most the number of steps.
+        :returns: A process of ``t`` steps whose ``init_std`` is the noise level of :math:`x_t`.
+        :rtype: GaussianSchedule
+        """
+        return replace(self, steps=self.steps[len(self) - t :], init_std=self[t].sigma)
+
     def read(self, t: int, x: Tensor, output: Tensor) -> dict[str, Tensor]:
         """
         What the kernel needs besides ``x``, from the network's output.

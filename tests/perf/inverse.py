@@ -38,8 +38,6 @@ from tests.perf.tables import Row, interval, number, sd, table, with_interval
 STEPS, NOISE, BUDGET, SEEDS, LEVEL = 20, 0.3, 32, 5, 0.9
 MANY, MANY_SEEDS = 256, 2
 PICTURES = 3
-# half of the width of the cells that grey values of the data are rounded to, for images in [0, 1]
-_CELL = 1 / 32
 _POOLED = -1
 ROWS, PAGE = BENCHMARKS / "inverse.jsonl", BENCHMARKS / "inverse.md"
 QUICK = Path("results") / "inverse_quick.jsonl"
@@ -91,17 +89,13 @@ def observation(problem: str, kind: str, picture: int) -> tuple[Any, Tensor]:
 
 
 def figures(x: Tensor, log_weights: Tensor, truth: Tensor) -> dict[str, float]:
-    """
-    Of weighted pictures: PSNR of their mean and of single ones, and coverage.
-
-    An interval holds a pixel if it meets the cell that the pixel's grey value was rounded to.
-    """
+    """Of weighted pictures: PSNR of their mean and of single ones, and the share of pixels held."""
     weights = log_weights.double().softmax(0)
     decode = digits().decode
     mean = decode((weights.reshape(-1, 1, 1, 1) * x.double()).sum(0))
-    pixels, true = decode(x).double().flatten(1), decode(truth).double().flatten()
+    pixels, true = x.double().flatten(1), truth.double().flatten()
     ends = [quantile(pixels, weights, level) for level in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)]
-    held = (ends[0] <= true + _CELL) & (ends[1] >= true - _CELL)
+    held = (ends[0] <= true) & (true <= ends[1])
     return {
         "mean": float(psnr(mean, decode(truth))),
         "sample": float((weights * psnr(decode(x), decode(truth))).sum()),
