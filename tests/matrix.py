@@ -39,6 +39,7 @@ from pyro_twist.infer import (
     ImportanceSampling,
     NestedSMC,
     ParticleGibbs,
+    PsiSampler,
     TrustRegionTwist,
     TwistedSMC,
 )
@@ -46,6 +47,7 @@ from pyro_twist.rewards import RewardTilted
 from pyro_twist.twists import (
     ChildrenTwist,
     DiscountedLookahead,
+    GradientTokenTwist,
     GradientTwist,
     GuidedTwist,
     LookaheadTwist,
@@ -112,7 +114,7 @@ def linear_gaussian() -> Truth:
 
 def masked_chain() -> Truth:
     """A masked diffusion over 64 sequences: the sum over all of them."""
-    chain = MaskedChain(num_inference_steps=3, plate=("replicates", REPLICATES))
+    chain = _chain()
     model = RewardTilted(chain.diffusion, chain.reward, decode=False)
     mean = float((chain.tilted * chain.rewards).sum())
     return Truth(model, chain.log_normalizer, lambda state: state["reward"], mean)
@@ -192,8 +194,24 @@ LADDERS: dict[str, Callable[[Any], Any]] = {
     "URGE": GuidedTwist,
     "URGE, no twist": lambda model: GuidedTwist(model, ramp=None),
     "URGE, own drift": lambda model: GuidedTwist(model, lambda state, t: 0.2 - 0.4 * state["x"]),
+    "gradient of tokens": lambda model: LookaheadTwist(model) + _token_gradient(model),
     "learned": lambda model: None,
 }
+
+
+def _token_gradient(model: Any) -> GradientTokenTwist:
+    """The gradient of the mean reward of independent tokens."""
+    reward = _chain().rewards.reshape(3 * (_chain().vocab_size,))
+    return GradientTokenTwist(
+        model, lambda probs: torch.einsum("bi,bj,bk,ijk->b", *probs.double().unbind(1), reward)
+    )
+
+
+@cache
+def _chain() -> MaskedChain:
+    return MaskedChain(num_inference_steps=3, plate=("replicates", REPLICATES))
+
+
 PLAIN = ("none", "diff", "rt", "max", "sum", "every other")
 GRADIENT = ("TDS", "TDS, prediction", "DAS", "URGE", "URGE, no twist", "URGE, own drift")
 
@@ -202,8 +220,8 @@ def _ladders(model: str) -> tuple[str, ...]:
     """The ladders that a model can have."""
     if model == "linear-Gaussian":
         return PLAIN
-    more = ("discounted", "children") if model == "masked chain" else ("discounted", *GRADIENT)
-    return PLAIN + more
+    masked = ("discounted", "children", "gradient of tokens")
+    return PLAIN + (masked if model == "masked chain" else ("discounted", *GRADIENT))
 
 
 def _twisted(kind: Any, size: int, **options: Any) -> Callable[..., Any]:
@@ -223,6 +241,7 @@ ALGORITHMS: dict[str, Callable[..., Any]] = {
     "TrustRegionTwist": _twisted(TrustRegionTwist, 4, num_iterations=1),
     "ControlledSMC": _twisted(ControlledSMC, 8, num_iterations=1),
     "ParticleGibbs": _twisted(ParticleGibbs, 4, num_iterations=1),
+    "PsiSampler": _twisted(PsiSampler, 4, num_moves=2),
 }
 
 
@@ -239,6 +258,9 @@ def _of_model(model: str) -> Iterable[Case]:
             fits = not (algorithm == "ControlledSMC" and model == "masked chain")
             if ladder == "none" and fits:
                 yield from _resampled(model, algorithm, "learned", SCHEMES)
+        elif algorithm == "PsiSampler":
+            if ladder in ("TDS", "TDS, prediction"):
+                yield from _resampled(model, algorithm, ladder, SCHEMES)
         elif algorithm == "ParticleGibbs":
             yield from _resampled(model, algorithm, ladder, ("multinomial", "none"))
         else:

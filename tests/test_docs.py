@@ -21,6 +21,7 @@ from pyro_twist import (
     ImportanceSampling,
     zoo,
 )
+from pyro_twist.algorithms import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

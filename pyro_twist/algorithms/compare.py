@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ FIGURES = {
     "seconds": "seconds",
 }
 Row = dict[str, Any]
+Measure = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,12 @@ class Comparison:
     :param list rows: For each run its ``algorithm``, ``seed`` and the figures of :data:`FIGURES`;
         ``None`` where there is none. The rewards are log-potentials, in nats.
     :param int budget: The trajectories that each had.
+    :param tuple measures: The names of what else was measured.
     """
 
     rows: list[Row]
     budget: int
+    measures: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -128,8 +131,9 @@ class Comparison:
 
     def table(self) -> str:
         """Means and intervals, as Markdown."""
-        shown = ("log_normalizer", "objective", "best", "ess")
-        head = ["algorithm", "returns", "log Z", "sd of log Z", *(FIGURES[f] for f in shown[1:])]
+        shown = ("log_normalizer", "objective", "best", *self.measures, "ess")
+        head = ["algorithm", "returns", "log Z", "sd of log Z"]
+        head += [FIGURES.get(figure, figure) for figure in shown[1:]]
         head += ["denoiser calls", "reward calls", "seconds"]
         lines = [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
         lines += [f"| {' | '.join(self._line(name, shown))} |" for name in self.names]
@@ -182,6 +186,7 @@ def compare(
     seeds: int | Sequence[int] = 5,
     max_plate_nesting: int = 0,
     population_plate: str | None = None,
+    measures: Mapping[str, Measure] | None = None,
     path: str | Path | None = None,
     progress: bool | None = None,
 ) -> Comparison:
@@ -200,6 +205,9 @@ def compare(
     :param int max_plate_nesting: Bound on the number of nested plates in the model.
     :param str population_plate: The plate whose entries are separate populations, over which the
         figures are averaged.
+    :param dict measures: What else to measure, by name: functions of the final state that return
+        a number for each particle, such as the opinion of a judge, of which the weighted mean is
+        taken.
     :param path: A file that finished runs are appended to, one JSON object a line; those that are
         in it already are not repeated, so that a run that was killed goes on.
     :param bool progress: Whether to show a progress bar; by default on a terminal only.
@@ -214,7 +222,9 @@ def compare(
         print(comparison)
         print(comparison.difference("tri-tsmc", "fk", "log_normalizer"))
     """
-    chosen = _chosen(model, algorithms)
+    chosen, measures = _chosen(model, algorithms), measures or {}
+    if taken := set(measures) & {*FIGURES, "algorithm", "returns", "seed", "failed", "budget"}:
+        raise ValueError(f"measures={sorted(measures)}: {min(taken)!r} is a column already")
     numbers = _seeds(seeds)
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
         raise ValueError(f"budget={budget!r}; give a whole number of trajectories, 1 or more")
@@ -223,9 +233,9 @@ def compare(
     jobs = [(seed, one) for seed in numbers for one in chosen]
     for seed, one in _bar(jobs, progress):
         if file.find(one.name, seed) is None:
-            file.add(_run(one, replace(setting, seed=seed)))
+            file.add(_run(one, replace(setting, seed=seed), measures))
     rows = [row for one in chosen for seed in numbers if (row := file.find(one.name, seed))]
-    return Comparison(rows, budget)
+    return Comparison(rows, budget, tuple(measures))
 
 
 def _chosen(model: Any, wanted: Sequence[str | Algorithm] | None) -> list[Algorithm]:
@@ -262,7 +272,7 @@ def _bar(jobs: list[tuple[int, Algorithm]], progress: bool | None) -> Iterator[A
             yield seed, one
 
 
-def _run(one: Algorithm, setting: Setting) -> Row:
+def _run(one: Algorithm, setting: Setting, measures: Mapping[str, Measure]) -> Row:
     """One run's row; one in which no particle has weight is a row without figures."""
     head = {"algorithm": one.name, "returns": one.returns, "seed": setting.seed}
     start = time.perf_counter()
@@ -270,22 +280,26 @@ def _run(one: Algorithm, setting: Setting) -> Row:
     try:
         result = one.make(setting).run()
     except SMCFailed:
-        return {**head, **dict.fromkeys(FIGURES), "failed": True, "budget": setting.num_particles}
+        nothing = dict.fromkeys((*FIGURES, *measures))
+        return {**head, **nothing, "failed": True, "budget": setting.num_particles}
     except RewardError as error:
         error.add_note(f"in {one.name!r} with seed {setting.seed}; rows of finished runs are kept")
         raise
-    found = figures(result, one, setting.model)
+    found = figures(result, one, setting.model, measures)
     found["seconds"] = round(time.perf_counter() - start, 3)
     return {**head, **found, "failed": False, "budget": setting.num_particles}
 
 
-def figures(result: SMCResult, one: Algorithm, model: Any) -> Row:
+def figures(
+    result: SMCResult, one: Algorithm, model: Any, measures: Mapping[str, Measure] | None = None
+) -> Row:
     """
     What is measured of a result, averaged over populations.
 
     :param SMCResult result: The result of a run.
     :param Algorithm one: The algorithm.
     :param model: The model, which writes its ``"objective"`` or can say what it is.
+    :param dict measures: What else to measure, as for :func:`compare`.
     """
     score = result._by_population(_objective(result, model)).reshape(result.log_weights.shape)
     log_weights = result.log_weights
@@ -301,6 +315,9 @@ def figures(result: SMCResult, one: Algorithm, model: Any) -> Row:
         "best": float(score.amax(0).mean()),
         "ess": float(result.get_ESS().mean()) if one.weighted else math.nan,
     }
+    for name, measure in (measures or {}).items():
+        values = result._by_population(measure(result.state)).reshape(log_weights.shape)
+        found[name] = float(weighted_mean(values, alive).mean())
     counts = {kind: result.counts.get(kind, 0) for kind in ("denoiser", "reward")}
     return {k: v if math.isfinite(v) else None for k, v in found.items()} | counts
 

@@ -216,3 +216,21 @@ def test_on_the_zoo(name: str) -> None:
 
 def test_the_page_has_every_algorithm() -> None:
     assert PAGE.read_text(encoding="utf-8") == table(), "run python -m tests.algorithms.page"
+
+
+def _twice(state: Any) -> torch.Tensor:
+    return state["reward"] * 2
+
+
+def test_other_measures_are_weighted_means() -> None:
+    measures = {
+        "first": lambda state: state["x"][..., 0],
+        "twice": lambda state: state["reward"] * 2,
+    }
+    found = compare(vector_model(), ["importance", "svdd"], budget=8, seeds=2, measures=measures)
+    assert "first" in found.table().splitlines()[0]
+    for name in found.names:
+        for seed, value in found.values(name, "twice").items():
+            assert value == pytest.approx(2 * found.values(name, "objective")[seed] / 0.8, rel=1e-4)
+    with pytest.raises(ValueError, match="'ess' is a column already"):
+        compare(vector_model(), ["fk"], measures={"ess": lambda state: state["x"]})
