@@ -199,8 +199,8 @@ def psnr(pictures: Tensor, truth: Tensor, *, peak: float = 1.0) -> Tensor:
     Example::
 
         >>> import torch
-        >>> psnr(torch.full((2, 1, 4, 4), 0.1), torch.zeros(1, 4, 4)).tolist()
-        [20.0, 20.0]
+        >>> psnr(torch.full((2, 1, 4, 4), 0.5), torch.zeros(1, 4, 4)).round(decimals=2).tolist()
+        [6.02, 6.02]
     """
     if truth.dim() == 0 or pictures.shape[pictures.dim() - truth.dim() :] != truth.shape:
         raise ValueError(

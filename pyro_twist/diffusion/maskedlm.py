@@ -87,7 +87,7 @@ def split_network(
     :rtype: tuple
     :raises ValueError: If there is no such submodule, or the network is in training mode.
     """
-    _check_evaluating(denoiser)
+    check_evaluating(denoiser)
     if callable(head):
         return denoiser, head
     layer = _output_layer(denoiser) if head is None else _submodule(denoiser, head)
@@ -96,13 +96,18 @@ def split_network(
     return SplitNetwork(denoiser, layer), layer
 
 
-def _check_evaluating(network: Any) -> None:
-    """Refuses dropout: its predictions are no function of the tokens."""
+def check_evaluating(network: Any) -> None:
+    """
+    Refuses dropout: its predictions are no function of the input.
+
+    :param network: Anything; only modules are checked.
+    :raises ValueError: If it is in training mode, with dropout.
+    """
     modules = network.modules() if isinstance(network, torch.nn.Module) else ()
     active = [m for m in modules if isinstance(m, torch.nn.Dropout) and m.training and m.p > 0]
     if active:
         raise ValueError(
-            f"the denoiser {type(network).__name__} is in training mode, with dropout: its "
+            f"{type(network).__name__} is in training mode, with dropout: its "
             "predictions would be random. Call .eval() on it first."
         )
 

@@ -82,7 +82,7 @@ from pyro_twist.diffusion.kernels import GaussianSchedule
 from pyro_twist.diffusion.ve import euler_ancestral
 from pyro_twist.diffusion.vp import ddim, ddpm, lcm, tcd
 
-__all__ = ["make_schedule"]
+__all__ = ["make_schedule", "refusal_reason"]
 
 
 def make_schedule(
@@ -217,17 +217,36 @@ _REASONS: dict[str, str] = {
 }
 
 
-def _find_family(scheduler: Any) -> _Family:
+def refusal_reason(scheduler: Any) -> str | None:
+    """
+    Why a scheduler has no exact Gaussian kernel.
+
+    :param scheduler: A diffusers scheduler.
+    :returns: Half a sentence; ``None`` if it has one.
+    """
+    if _family(scheduler) is not None:
+        return None
+    return _REASONS.get(type(scheduler).__name__, "no exact Gaussian kernel is known for it")
+
+
+def _family(scheduler: Any) -> _Family | None:
     for cls in type(scheduler).__mro__:
         # A subclass with a step of its own is another process.
         if cls.__name__ in _FAMILIES and type(scheduler).step is vars(cls).get("step"):
             return _FAMILIES[cls.__name__]
-    raise ValueError(_refusal(scheduler))
+    return None
+
+
+def _find_family(scheduler: Any) -> _Family:
+    family = _family(scheduler)
+    if family is None:
+        raise ValueError(_refusal(scheduler))
+    return family
 
 
 def _refusal(scheduler: Any) -> str:
     name = type(scheduler).__name__
-    reason = _REASONS.get(name, "no exact Gaussian kernel is known for it")
+    reason = refusal_reason(scheduler)
     advice = (
         "FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)"
         if name.startswith(("FlowM", "LTX"))

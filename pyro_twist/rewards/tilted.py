@@ -118,7 +118,11 @@ class RewardTilted(Tilted):
     :param bool decode: Whether rewards get ``model.decode(x0)``, images in [0, 1] of shape
         ``(B, C, H, W)``, or ``x0`` itself, of shape ``(B,) + event_shape``; all batch dims are
         flattened to one.
-    :raises ValueError: If names or scales do not fit, or ``model`` has no ``event_shape``.
+    :param callable lookahead_decoder: A cheaper decoder for guesses of ``x_0``, such as
+        :class:`~pyro_twist.rewards.TinyDecoder`, of the same form as ``model.decode``. End states
+        are still decoded by the model, so that the law does not depend on it.
+    :raises ValueError: If names or scales do not fit, ``model`` has no ``event_shape``, or there
+        is a ``lookahead_decoder`` and nothing to decode.
 
     Example::
 
@@ -136,6 +140,7 @@ class RewardTilted(Tilted):
         scale: Any = 1.0,
         *,
         decode: bool = True,
+        lookahead_decoder: Callable[[Tensor], Any] | None = None,
     ) -> None:
         super().__init__(model, self._emit)
         if not hasattr(model, "event_shape"):
@@ -146,7 +151,9 @@ class RewardTilted(Tilted):
         self.rewards = _named_rewards(reward)
         self.scales = _named_scales(scale, tuple(self.rewards))
         self.decode_samples = decode
+        self.lookahead_decoder = lookahead_decoder
         self._check_names()
+        self._check_decoder()
 
     def __repr__(self) -> str:
         return f"RewardTilted({self.model!r}, {self.rewards}, scale={self.scales})"
@@ -164,11 +171,12 @@ class RewardTilted(Tilted):
         scored = sum(reward.num_calls for reward in distinct.values())
         return {**counts, "reward": counts.get("reward", 0) + scored}
 
-    def evaluate(self, x0: Tensor) -> dict[str, Tensor]:
+    def evaluate(self, x0: Tensor, *, guess: bool = False) -> dict[str, Tensor]:
         """
         Scores end states, without the scale.
 
         :param torch.Tensor x0: Of shape ``batch_shape + event_shape``.
+        :param bool guess: Whether ``x0`` is a guess, for which the ``lookahead_decoder`` will do.
         :returns: For every reward of this wrapper its values, float64, of shape ``batch_shape``.
         :raises RewardError: If a reward fails; ``index`` counts the flattened batch.
         """
@@ -176,11 +184,12 @@ class RewardTilted(Tilted):
         _check_entries(self.rewards, batch_shape)
         samples: Any = x0.reshape((-1,) + tuple(self.model.event_shape))
         if self.decode_samples and hasattr(self.model, "decode"):
-            samples = self.model.decode(samples)
+            cheap = self.lookahead_decoder if guess else None
+            samples = (cheap or self.model.decode)(samples)
         return {name: reward(samples).reshape(batch_shape) for name, reward in self.rewards.items()}
 
     def _emit(self, state: Any, x0: Tensor) -> None:
-        self._factors(state, self.evaluate(x0))
+        self._factors(state, self.evaluate(x0, guess=not _is_in(state, x0)))
 
     def _end(self, state: Any) -> None:
         values = self.evaluate(state["x"])
@@ -194,6 +203,14 @@ class RewardTilted(Tilted):
             if isinstance(scale, str):
                 scale = _entry(state, name, scale)
             pyro.factor(name, _scaled(name, scale, value))
+
+    def _check_decoder(self) -> None:
+        decodes = self.decode_samples and hasattr(self.model, "decode")
+        if self.lookahead_decoder is not None and not decodes:
+            raise ValueError(
+                "lookahead_decoder stands in for model.decode, which is not called here: "
+                + ("decode=False" if not self.decode_samples else "the model has none")
+            )
 
     def _check_names(self) -> None:
         for name, scale in self.scales.items():
@@ -308,6 +325,12 @@ def _batch_shape(model: Any, x0: Tensor) -> torch.Size:
             f"{event_shape}"
         )
     return x0.shape[:split]
+
+
+def _is_in(state: Any, x0: Tensor) -> bool:
+    """Whether ``x0`` is the state's own ``x``, so a sample and no guess."""
+    x = state.get("x")
+    return isinstance(x, Tensor) and x.shape == x0.shape and x.data_ptr() == x0.data_ptr()
 
 
 # Plates

@@ -185,8 +185,8 @@ class PickScore(_ClipReward):
     """
     PickScore: the cosine between image and prompt times the network's logit scale [1].
 
-    About 17 to 24 for images and prompts that people wrote; a difference of 1 is odds of ``e`` that the
-    one is picked. Differentiable.
+    About 17 to 24 for images of generators; by its model of choices, a difference of 1 is odds of
+    ``e`` that the one is picked. Differentiable.
 
     :param model: A transformers ``CLIPModel`` in evaluation mode.
     :param processor: Its ``CLIPProcessor``.

@@ -210,8 +210,9 @@ def _check_processor(processor: Any) -> None:
     other = [name for name in _NOT_HERE if getattr(processor, name, False)]
     if other:
         raise ValueError(
-            f"{type(processor).__name__} has {', '.join(other)}, which is not known here; give "
-            'input="pil", with which images go through the processor itself'
+            f"{type(processor).__name__} has {', '.join(other)}, which is not known here. Give "
+            "preprocessing=Preprocessing(processor=...) and input='pil', with which images go "
+            "through the processor itself"
         )
     if int(getattr(processor, "resample", 3)) not in _RESAMPLE:
         raise ValueError(
