@@ -26,7 +26,7 @@ extras-docs := docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: matrix preferences calibration help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean compare-discrete compare-discrete-full
+.PHONY: matrix inverse mixture preferences calibration help align test lint type docs tutorials bench statespace amortisation compare compare-full ci clean distclean compare-discrete compare-discrete-full
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -97,6 +97,12 @@ matrix: $(VENV)/.installed-test  ## every algorithm, twist, threshold and scheme
 
 preferences: $(VENV)/.installed-test  ## a taste learnt from favourites, round by round
 	@$(BIN)/python -m tests.perf.preferences --out docs/_static/benchmarks/preferences.json $(ARGS)
+
+inverse: $(VENV)/.installed-test  ## inverse problems on digits, 10 minutes
+	@$(BIN)/python -m tests.perf.inverse $(ARGS)
+
+mixture: $(VENV)/.installed-test  ## a tilted Gaussian mixture, by every algorithm
+	@$(BIN)/python -m tests.perf.mixture $(ARGS)
 
 calibration: $(VENV)/.installed-test  ## coverage of pictures and instruments on digits
 	@$(BIN)/python -m tests.perf.calibration $(ARGS)

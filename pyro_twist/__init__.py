@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         handlers,
         hierarchies,
         infer,
+        inverse,
         latents,
         preferences,
         rewards,
@@ -131,6 +132,7 @@ __all__ = [
     "hierarchies",
     "image_reward",
     "infer",
+    "inverse",
     "latents",
     "log_potential",
     "mixture",
@@ -176,6 +178,7 @@ _HOMES = {
         "TrustRegionTwist",
         "TwistedSMC",
     ),
+    "inverse": (),
     "latents": ("AutoLatents", "JointTwist", "WithLatents"),
     "preferences": ("Preferences",),
     "rewards": (

@@ -72,7 +72,7 @@ class AveragePooling:
 
     def __init__(self, factor: int) -> None:
         if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
-            raise ValueError(f"factor={factor!r}; give a whole number of pixels, 2 or more")
+            raise ValueError(f"factor={factor!r}; give a whole number of pixels, 1 or more")
         self.factor = factor
 
     def __call__(self, x: Tensor) -> Tensor:
