@@ -36,6 +36,7 @@ from pyro_twist.twists.paths import Pass, Paths, PathStep
 from pyro_twist.twists.statistics import Quadratic
 from pyro_twist.twists.tilting import log_ratio
 from pyro_twist.twists.twist import SumTwist, Twist
+from pyro_twist.potential import inside, plate_of
 from pyro_twist.wrapper import ModelWrapper
 
 __all__ = ["AutoLatents", "JointTwist", "WithLatents"]
@@ -86,9 +87,7 @@ class WithLatents(ModelWrapper):
 
         :param dict state: The state, written to.
         """
-        from pyro_twist.rewards.tilted import _inside, _plate_of
-
-        with nullcontext() if self.shared else _inside(_plate_of(self.model)):
+        with nullcontext() if self.shared else inside(plate_of(self.model)):
             drawn = self.prior()
         if not isinstance(drawn, Mapping):
             raise ValueError(

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from torch import Tensor
 
-from pyro_twist.infer.increments import sample_sites
+from pyro_twist.potential import batch_shape_of, sum_of_factors
 from pyro_twist.wrapper import ModelWrapper
 
 __all__ = ["Scored"]
@@ -35,22 +32,6 @@ class Scored(ModelWrapper):
             return
         with poutine.trace() as tracer:
             self.model.step(state, t, *args, **kwargs)
-        state["objective"] = state["ranking"] = self._total(tracer.trace, state)
-
-    def _total(self, trace: poutine.Trace, state: Any) -> Tensor:
-        event_dims = len(getattr(self.model, "event_shape", state["x"].shape[1:]))
-        batch = state["x"].shape[: state["x"].dim() - event_dims]
-        total = torch.zeros(batch, dtype=torch.float64, device=state["x"].device)
-        for _, site in sample_sites(trace):
-            if site["is_observed"] and not site["infer"].get("_deterministic"):
-                value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-                value = scale_and_mask(value.double(), site["scale"], site["mask"])
-                total = total + _summed_to(value, batch)
-        return total
-
-
-def _summed_to(value: Tensor, batch: torch.Size) -> Tensor:
-    """Sums over dims of plates that the end state is not in."""
-    extra = max(value.dim() - len(batch), 0)
-    value = value.flatten(len(batch)).sum(-1) if extra else value
-    return value.expand(batch)
+        batch_shape = batch_shape_of(self.model, state["x"])
+        total = sum_of_factors(tracer.trace, batch_shape, state["x"].device)
+        state["objective"] = state["ranking"] = total

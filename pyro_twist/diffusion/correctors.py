@@ -55,6 +55,7 @@ from pyro_twist.diffusion.products import (
     _weighted,
     conditioned,
 )
+from pyro_twist.potential import batch_shape_of, log_potential, sum_of_factors
 from pyro_twist.wrapper import ModelWrapper
 
 __all__ = ["ProductCorrector", "RewardCorrector"]
@@ -478,17 +479,13 @@ class RewardCorrector(ModelWrapper):
         with poutine.block(), poutine.trace() as tracer:
             end = getattr(self.model, "_end", None)
             self.model.terminal(state, x) if end is None else end(state)
-        trace = tracer.trace
-        trace.compute_log_prob()
-        sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
-        total = sum((site["log_prob"].double() for site in sites), x.new_zeros(()).double())
+        batch_shape = batch_shape_of(self.model, x)
+        total = sum_of_factors(tracer.trace, batch_shape, x.device)
         state["tilt"] = state["potential"] = total.detach()
         state["x0_hat"] = x
 
     def _look(self, state: Mapping[Any, Tensor], t: int, x: Tensor) -> dict[str, Tensor]:
         """Prediction, log-factor, its gradient and its Laplacian, at one evaluation."""
-        from pyro_twist.rewards.tilted import log_potential
-
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             with torch.set_grad_enabled(self.at == "prediction"):

@@ -13,18 +13,14 @@ any guess of ``x_0``: that is how a twist sees the reward.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.runtime import _DIM_ALLOCATOR
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_twist.potential import batch_shape_of, inside, log_potential, plate_of
 from pyro_twist.rewards.reward import Reward, RewardError
 from pyro_twist.wrapper import ModelWrapper
 
@@ -68,7 +64,7 @@ class Tilted(ModelWrapper):
             raise ValueError(f"potential must be a function of (state, x0), got {potential!r}")
         super().__init__(model)
         self.potential = potential
-        self._plate = _plate_of(model)
+        self._plate = plate_of(model)
 
     def step(self, state: Any, t: int, *args: Any, **kwargs: Any) -> None:
         """
@@ -79,7 +75,7 @@ class Tilted(ModelWrapper):
         """
         self.model.step(state, t, *args, **kwargs)
         if t == self.timesteps[-1]:
-            with _inside(self._plate):
+            with inside(self._plate):
                 self._end(state)
 
     def terminal(self, state: Any, x0: Tensor) -> None:
@@ -92,7 +88,7 @@ class Tilted(ModelWrapper):
         """
         if hasattr(self.model, "terminal"):
             self.model.terminal(state, x0)
-        with _inside(self._plate):
+        with inside(self._plate):
             self.potential(state, x0)
 
     def _end(self, state: Any) -> None:
@@ -180,7 +176,7 @@ class RewardTilted(Tilted):
         :returns: For every reward of this wrapper its values, float64, of shape ``batch_shape``.
         :raises RewardError: If a reward fails; ``index`` counts the flattened batch.
         """
-        batch_shape = _batch_shape(self.model, x0)
+        batch_shape = batch_shape_of(self.model, x0)
         _check_entries(self.rewards, batch_shape)
         samples: Any = x0.reshape((-1,) + tuple(self.model.event_shape))
         if self.decode_samples and hasattr(self.model, "decode"):
@@ -231,148 +227,10 @@ class RewardTilted(Tilted):
                 )
 
 
-def log_potential(model: Any, state: Any, x0: Tensor) -> Tensor:
-    """
-    Evaluates the terminal log-potential of a model at a guess of its end state.
-
-    Sums all factors and observations that ``model.terminal(state, x0)`` emits, scales and masks
-    honoured, over the plates opened inside it, except the model's own ``plate``. Nothing reaches
-    handlers outside. Gradients flow to ``x0`` where the factors have them.
-
-    :param model: A model with ``terminal`` and, unless there is one batch dim only,
-        ``event_shape``.
-    :param dict state: The state, not written to.
-    :param torch.Tensor x0: The guess, of shape ``batch_shape + event_shape``.
-    :returns: The log-potential, float64, of shape ``batch_shape``; may be minus infinity.
-    :raises ValueError: If the model has no ``terminal``, or a site is latent, of a shape that
-        fits no plate, NaN or plus infinity.
-
-    Example::
-
-        >>> import torch
-        >>> from types import SimpleNamespace
-        >>> base = SimpleNamespace(timesteps=(1,), event_shape=(2,))
-        >>> tilted = Tilted(base, lambda state, x0: pyro.factor("sum", x0.sum(-1)))
-        >>> log_potential(tilted, {}, torch.ones(3, 2)).tolist()
-        [2.0, 2.0, 2.0]
-    """
-    if not hasattr(model, "terminal"):
-        raise ValueError(
-            f"{type(model).__name__} has no method `terminal`, so it has no terminal potential. "
-            "Wrap it: RewardTilted(model, reward), or Tilted(model, potential)."
-        )
-    batch_shape = _batch_shape(model, x0)
-    with poutine.block(), _reserved(model, batch_shape), poutine.trace() as tracer:
-        model.terminal(state, x0)
-    total = torch.zeros(batch_shape, dtype=torch.float64, device=x0.device)
-    for name, site in tracer.trace.nodes.items():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            total = total + _site_log_prob(name, site, batch_shape).to(x0.device)
-    return total
-
-
-def _site_log_prob(name: str, site: Mapping[str, Any], batch_shape: torch.Size) -> Tensor:
-    if not site["is_observed"]:
-        raise ValueError(
-            f"terminal draws the latent site {name!r}; it may only emit factors and observations. "
-            "Draw it in init and read it from the state."
-        )
-    if site["infer"].get("_deterministic"):
-        return torch.zeros((), dtype=torch.float64)
-    value = _log_prob(site)
-    if value.isnan().any() or (value == math.inf).any():
-        raise ValueError(
-            f"site {name!r} is {'NaN' if value.isnan().any() else '+inf'}; "
-            "log-potentials must be finite or -inf"
-        )
-    return _summed(name, site, value, batch_shape)
-
-
-def _log_prob(site: Mapping[str, Any]) -> Tensor:
-    value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    scaled: Tensor = scale_and_mask(value.double(), site["scale"], site["mask"])
-    return scaled
-
-
-def _summed(name: str, site: Mapping[str, Any], value: Tensor, batch_shape: torch.Size) -> Tensor:
-    """Sums over the dims of plates opened inside ``terminal``, keeping those of the batch."""
-    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
-    value = value.reshape((1,) * (len(batch_shape) - value.dim()) + value.shape)
-    for dim in range(-value.dim(), 0):
-        size = batch_shape[dim] if -dim <= len(batch_shape) else 1
-        if value.shape[dim] == size and (size > 1 or dim not in plates):
-            continue
-        if not (dim in plates if size == 1 else dim in _taken_dims() and value.shape[dim] == 1):
-            raise ValueError(
-                f"site {name!r} has log-probability of shape {tuple(value.shape)} for the batch "
-                f"shape {tuple(batch_shape)}, and dim {dim} is in no plate. Declare event dims "
-                "with .to_event(), open a pyro.plate around the site, or give the model the "
-                "attribute `event_shape`, and `plate` if it has one."
-            )
-        value = value.sum(dim, keepdim=True)
-    return value.reshape(value.shape[value.dim() - len(batch_shape) :])
-
-
-def _batch_shape(model: Any, x0: Tensor) -> torch.Size:
-    event_shape = getattr(model, "event_shape", None)
-    if event_shape is None:
-        return x0.shape[:1]
-    event_shape = tuple(event_shape)
-    split = x0.dim() - len(event_shape)
-    if split < 0 or tuple(x0.shape[split:]) != event_shape:
-        raise ValueError(
-            f"x0 has shape {tuple(x0.shape)}, which does not end in the model's event_shape "
-            f"{event_shape}"
-        )
-    return x0.shape[:split]
-
-
 def _is_in(state: Any, x0: Tensor) -> bool:
     """Whether ``x0`` is the state's own ``x``, so a sample and no guess."""
     x = state.get("x")
     return isinstance(x, Tensor) and x.shape == x0.shape and x.data_ptr() == x0.data_ptr()
-
-
-# Plates
-
-
-def _plate_of(model: Any) -> Any:
-    """The plate of a model, which declares it as a plate or as its name and size."""
-    plate = getattr(model, "plate", None)
-    if not isinstance(plate, tuple):
-        return plate
-    name, size = plate
-    return _new_plate(name, size, -1)
-
-
-def _new_plate(name: str, size: int, dim: int) -> Any:
-    # Creating a plate emits a site, which must be in no trace twice.
-    with poutine.block():
-        return pyro.plate(name, size, dim=dim)
-
-
-def _taken_dims() -> dict[int, str]:
-    stack = enumerate(_DIM_ALLOCATOR._stack)
-    return {-1 - place: name for place, name in stack if name is not None}
-
-
-def _inside(plate: Any) -> AbstractContextManager[Any]:
-    """Enters a plate unless that has been done."""
-    if plate is None or plate.name in _taken_dims().values():
-        return nullcontext()
-    context: AbstractContextManager[Any] = plate
-    return context
-
-
-@contextmanager
-def _reserved(model: Any, batch_shape: torch.Size) -> Iterator[None]:
-    """Keeps the particle dim from plates inside, as an engine's particle plate would."""
-    dim, plate = -len(batch_shape), _plate_of(model)
-    free = dim < 0 and dim not in _taken_dims() and (plate is None or plate.dim != dim)
-    with ExitStack() as stack:
-        if free:
-            stack.enter_context(_new_plate("_log_potential_particles", batch_shape[0], dim))
-        yield
 
 
 # Rewards and scales

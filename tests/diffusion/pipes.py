@@ -46,17 +46,17 @@ def clip_tokenizer(length: int = 16) -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
 
 
-def clip_text(projected: bool = False, tokens: int = 64) -> Any:
+def clip_text(projected: bool = False, width: int = WIDTH) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=tokens,
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=16,
-        projection_dim=WIDTH,
+        projection_dim=width,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,

@@ -126,6 +126,7 @@ SCHEDULERS: dict[str, tuple[Callable[[], Any], float | None]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of numpy, in EulerAncestral
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart"])
@@ -384,21 +385,18 @@ def test_inpainting(kind: str) -> None:
     ],
 )
 def test_other_schedulers_are_replaced(name: str, reason: str) -> None:
-    betas = dict(beta_start=0.001, beta_end=0.02, beta_schedule="scaled_linear")
-    scheduler = getattr(diffusers, name)(**betas, prediction_type="v_prediction")
+    given = dict(
+        beta_start=0.001, beta_end=0.02, beta_schedule="scaled_linear", timestep_spacing="trailing"
+    )
+    scheduler = getattr(diffusers, name)(**given, prediction_type="v_prediction")
     with using(pipe_of("sd"), scheduler) as pipe:
         with pytest.warns(UserWarning, match=f"{name} is not used as it is.*{reason}") as said:
             model = made(pipe, "red fox")
         assert len(said) == 1 and said[0].filename == __file__
         with pytest.raises(ValueError, match=f"keep.*{name}.*{reason}"):
             made(pipe, "red fox", scheduler="keep")
-        spacing = scheduler.config.timestep_spacing
         expected = diffusers.DDIMScheduler(
-            **betas,
-            prediction_type="v_prediction",
-            clip_sample=False,
-            timestep_spacing=spacing,
-            set_alpha_to_one=scheduler.config.get("set_alpha_to_one", True),
+            **given, prediction_type="v_prediction", clip_sample=False
         )
         other = made(pipe, "red fox", scheduler=expected, eta=1.0)
         assert model.schedule.steps == other.schedule.steps
@@ -488,7 +486,7 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def run(model: Any, noise: Mapping[str, Tensor], **options: Any) -> Any:
-    tilted = RewardTilted(WithNoise(model, noise), brightness, scale=300.0)
+    tilted = RewardTilted(WithNoise(model, noise), brightness, scale=1500.0)
     smc = TwistedSMC(
         tilted, LookaheadTwist(tilted), 4, ess_threshold=0.9, resampling="fixed", **options
     )
@@ -519,9 +517,8 @@ def test_prompts_run_as_they_would_alone(chunks: dict[str, int]) -> None:
         assert torch.allclose(together.log_weights[:, index], alone.log_weights, atol=1e-3)
         assert_same(together.state["x"][:, index], alone.state["x"], 1e-4)
         assert torch.allclose(together.log_normalizer[index], alone.log_normalizer, atol=1e-3)
-        assert len(alone.diagnostics.resampled.nonzero()) > 0
-    spread = together.log_weights.std(0)
-    assert (spread > 1e-2).all()
+        assert alone.diagnostics.resampled.any()
+    assert (together.log_weights.std(0) > 1e-2).all()
 
 
 def test_without_reward_the_sampler_is_the_pipeline() -> None:
@@ -650,12 +647,12 @@ class Shifted:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_a_half_precision_network(dtype: torch.dtype) -> None:
     """
-    Log-weights against float64 arithmetic on what the network really returned: 16,384 latents,
-    where the difference of two float32 log-densities would be off by more than the bound.
+    Log-weights against float64 arithmetic on what the network really returned: 4,096 latents,
+    whose float32 log-densities are coarser than the bound.
     """
     pipe = pipes.stable_diffusion()
     pipe.unet.to(dtype)
-    model = made(pipe, "red fox", eta=1.0, guidance_scale=2.0, height=128, width=128)
+    model = made(pipe, "red fox", eta=1.0, guidance_scale=2.0, height=64, width=64)
     outputs: list[Tensor] = []
     pipe.unet.register_forward_hook(lambda *args: outputs.append(args[-1][0]))
     smc = TwistedSMC(model, Shifted(model), 2, resampling="none", history="paths", seed=0)
@@ -713,10 +710,13 @@ def test_sizes_of_stable_diffusion_xl() -> None:
         guidance_scale=2.0,
         eta=1.0,
     )
-    expected = theirs(pipe, prompt=PROMPTS, **{**given, "prompt_2": ["mat"] * 2})
+    # One prompt: in a batch the pipeline mixes up the sizes of the two evaluations.
+    expected = theirs(pipe, prompt=PROMPTS[0], **given)
     found = ours(made(pipe, PROMPTS, **given))
-    assert_same(found, expected)
-    assert float((found - ours(made(pipe, PROMPTS, eta=1.0))).abs().max()) > 1e-4
+    assert_same(ours(made(pipe, PROMPTS[0], **given)), expected[0])
+    plain = ours(made(pipe, PROMPTS[0], eta=1.0, prompt_2="mat", guidance_scale=2.0))
+    assert float((expected[0] - plain).abs().max()) > 1e-3
+    assert found.shape == (2, *LATENTS)
 
 
 def test_network_that_has_guidance_as_an_input() -> None:
@@ -814,7 +814,7 @@ def test_a_kind_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ddpm", dict(prompt=None, negative_prompt="cat"), "has no prompts"),
         ("ddpm", dict(prompt=None, guidance_scale=2.0), "unconditional"),
         ("ddpm", dict(prompt=None, height=16), "no option 'height'"),
-        ("ddpm", dict(prompt=None, image=torch.zeros(3)), "image is no tensor of shape"),
+        ("ddpm", dict(prompt=None, image=torch.zeros(3)), "image is not a tensor of shape"),
     ],
 )
 def test_errors(kind: str, options: dict[str, Any], message: str) -> None:

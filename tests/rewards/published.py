@@ -134,7 +134,10 @@ def image_reward_weights(layers: int = 2) -> Weights:
     shapes |= _pair(f"{t}.embeddings.LayerNorm", text)
     # what the published file also has, and nothing reads
     shapes |= _pair("blip.vision_proj", 4, vision) | {f"{t}.embeddings.position_ids": (1, 40)}
-    return random_weights(shapes) | {f"mlp.{k}": v for k, v in head_weights(text).items()}
+    weights = random_weights(shapes)
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        weights[f"{v}.{name}"] *= 0.003  # small, so that what layer norms add counts
+    return weights | {f"mlp.{k}": v for k, v in head_weights(text).items()}
 
 
 def head_weights(width: int) -> Weights:

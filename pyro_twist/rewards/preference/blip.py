@@ -162,7 +162,7 @@ class ImageReward(PreferenceReward):
             config = BlipConfig.from_pretrained(
                 model, revision=revision, local_files_only=local_files_only
             )
-            found = load_tokenizer(tokenizer or model, _at(source, tokenizer))
+            found = load_tokenizer(tokenizer or model, source.at_main() if tokenizer else source)
         network = ImageRewardNetwork(config)
         check_keys("ImageReward", network.state_dict(), weights)
         network.load_state_dict(weights)
@@ -182,9 +182,3 @@ def _published(model: ImageRewardNetwork) -> Preprocessing:
 
 def _as_they_are(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids, mask
-
-
-def _at(source: Source, elsewhere: str | None) -> Source:
-    if elsewhere is None:
-        return source
-    return Source("main", source.trust_remote_code, source.local_files_only)

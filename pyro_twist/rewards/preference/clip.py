@@ -81,6 +81,7 @@ class _ClipReward(PreferenceReward):
 
     default: str | None = None
     default_processor: str | None = None
+    tokenizer_only = False
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class _ClipReward(PreferenceReward):
         beside = model if Path(model).is_dir() else cls.default_processor or model
         source = Source(revision, trust_remote_code, local_files_only)
         with explained(cls.__name__, model, _FILES):
-            network, found = load_clip(model, processor or beside, source)
+            network, found = load_clip(model, processor or beside, source, cls.tokenizer_only)
         return cls(placed(network, device, dtype), found, prompt, **options)
 
     def _preprocessing(self, processor: Any) -> Preprocessing:
@@ -233,6 +234,8 @@ class HPSv2(_ClipReward):
         https://arxiv.org/abs/2306.09341
     """
 
+    tokenizer_only = True
+
     def _preprocessing(self, processor: Any) -> Preprocessing:
         size = int(self.towers.model.config.vision_config.image_size)
         return Preprocessing(size, "longest", None, eight_bit=False)
@@ -312,7 +315,7 @@ class Aesthetic(PreferenceReward):
         with explained(cls.__name__, model, _FILES):
             network, processor = load_clip(model, model, source)
         with explained(cls.__name__, str(head), "aesthetic.safetensors, given as head="):
-            weights = load_weights(head, "aesthetic.safetensors", Source("main", *_rest(source)))
+            weights = load_weights(head, "aesthetic.safetensors", source.at_main())
         return cls(placed(network, device, dtype), processor, weights, **options)
 
     def _score(self, pixels: Tensor) -> Tensor:
@@ -365,7 +368,3 @@ def _processor_preprocessing(processor: Any) -> Preprocessing:
             "as a CLIPProcessor, or preprocessing=Preprocessing(...)"
         )
     return Preprocessing.from_processor(processor.image_processor)
-
-
-def _rest(source: Source) -> tuple[bool, bool]:
-    return source.trust_remote_code, source.local_files_only

@@ -26,8 +26,6 @@ class TinyDecoder:
     :param autoencoder: A diffusers ``AutoencoderTiny`` in evaluation mode, trained for the
         latents of the model's own autoencoder.
     :param int chunk_size: The most latents per call; by default all.
-    :param unpack: Maps samples of shape ``(B,) + event_shape`` to latents of shape
-        ``(B, C, h, w)`` where they are something else, such as the packed latents of Flux.
     :raises ValueError: If the autoencoder is in training mode.
 
     Example::
@@ -36,13 +34,11 @@ class TinyDecoder:
         model = RewardTilted(diffusion, reward, scale=10.0, lookahead_decoder=decoder)
     """
 
-    def __init__(
-        self, autoencoder: Any, *, chunk_size: int | None = None, unpack: Any = None
-    ) -> None:
+    def __init__(self, autoencoder: Any, *, chunk_size: int | None = None) -> None:
         check_evaluating(autoencoder)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}; give 1 or more, or None for no chunks")
-        self.autoencoder, self.chunk_size, self.unpack = autoencoder, chunk_size, unpack
+        self.autoencoder, self.chunk_size = autoencoder, chunk_size
 
     def __repr__(self) -> str:
         return f"TinyDecoder({type(self.autoencoder).__name__})"
@@ -84,12 +80,11 @@ class TinyDecoder:
         """
         Decodes.
 
-        :param torch.Tensor x: Samples as the model has them, of shape ``(B,) + event_shape``.
+        :param torch.Tensor x: Latents in the scale of the diffusion, of shape ``(B, C, h, w)``.
         :returns: Images in [0, 1], in float32 or better, of shape ``(B, 3, H, W)``.
         """
-        latents = x if self.unpack is None else self.unpack(x)
-        chunks = latents.split(self.chunk_size or max(1, len(latents)))
-        return torch.cat([self._decoded(chunk) for chunk in chunks])
+        chunks = x.split(self.chunk_size or max(1, len(x)))
+        return torch.cat([self._decoded(chunk) for chunk in chunks]).to(x.device)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         config = self.autoencoder.config

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class Source:
         """The options of transformers' loaders."""
         return asdict(self)
 
+    def at_main(self) -> Self:
+        """The same conditions for another name, whose versions are its own."""
+        return replace(self, revision="main")
+
 
 @contextmanager
 def explained(what: str, model: str, files: str) -> Iterator[None]:
@@ -60,19 +64,24 @@ def explained(what: str, model: str, files: str) -> Iterator[None]:
         ) from error
 
 
-def load_clip(model: str, processor: str, source: Source) -> tuple[Any, Any]:
+def load_clip(
+    model: str, processor: str, source: Source, tokenizer_only: bool = False
+) -> tuple[Any, Any]:
     """
     Loads a network with CLIP's two towers, and its processor.
 
     :param str model: A folder, or a name on the hub.
     :param str processor: The same for the processor.
     :param Source source: The conditions.
+    :param bool tokenizer_only: Whether the tokenizer will do.
     :returns: Both.
     """
     from transformers import AutoModel, AutoProcessor
 
     network = AutoModel.from_pretrained(model, use_safetensors=True, **source.options())
-    elsewhere = source if processor == model else Source("main", *_but_revision(source))
+    elsewhere = source if processor == model else source.at_main()
+    if tokenizer_only:
+        return network, load_tokenizer(processor, elsewhere)
     return network, AutoProcessor.from_pretrained(processor, **elsewhere.options())
 
 
@@ -141,10 +150,6 @@ def check_keys(what: str, needed: Mapping[str, Any], given: Mapping[str, Any]) -
             f"these are no weights of {what}: missing are {missing[:4] or 'none'}, unknown are "
             f"{other[:4] or 'none'}. A published checkpoint needs convert_checkpoint first"
         )
-
-
-def _but_revision(source: Source) -> tuple[bool, bool]:
-    return source.trust_remote_code, source.local_files_only
 
 
 def _refuse_pickles(path: Path) -> Path:

@@ -124,7 +124,10 @@ class Preprocessing:
         if not self.eight_bit:
             return images
         images = images.clamp(0, 1)
-        return images + ((images * 255).round() / 255 - images).detach() if self.rounds else images
+        if not self.rounds:
+            return images
+        levels = (images.detach() * 255 + 0.5).floor() / 255
+        return images + (levels - images.detach())
 
     def _resized(self, images: Tensor) -> Tensor:
         height, width = self._target(images.shape[-2], images.shape[-1])
