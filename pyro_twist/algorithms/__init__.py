@@ -7,6 +7,7 @@ from pyro_twist.algorithms import catalogue as _catalogue  # noqa: F401  (fills 
 from pyro_twist.algorithms.compare import Comparison, Estimate, compare
 from pyro_twist.algorithms.registry import (
     Algorithm,
+    Runnable,
     Setting,
     algorithms,
     default_algorithms,
@@ -19,6 +20,7 @@ __all__ = [
     "Algorithm",
     "Comparison",
     "Estimate",
+    "Runnable",
     "Scored",
     "Setting",
     "algorithms",

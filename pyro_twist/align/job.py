@@ -131,8 +131,7 @@ def tilted_model(options: AlignOptions) -> RewardTilted:
     that.
 
     :param AlignOptions options: Of the job; those of methods are not used.
-    :returns: The model, tilted by the rewards; :attr:`~pyro_twist.rewards.RewardTilted.scales` has
-        lambda.
+    :returns: The model, tilted by the rewards; its ``scales`` are lambda.
     :raises OptionError: If an option cannot be.
     """
     job = _Job(options, Progress(), False)

@@ -13,7 +13,7 @@ from pyro_twist.infer.nested import NestedSMC
 from pyro_twist.infer.posterior import ParticlePosterior
 from pyro_twist.infer.resampling import RESAMPLING, get_resampling, register_resampling
 from pyro_twist.infer.result import Diagnostics, SMCResult
-from pyro_twist.infer.search import SVDD, BeamSearch, BlockSearch
+from pyro_twist.infer.search import SVDD, BeamSearch, BlockSearch, Search
 from pyro_twist.infer.treesearch import Frontier, SearchStep, TreeSearch
 from pyro_twist.infer.trustregion import Tempering, dual_temper, temper
 from pyro_twist.infer.trustregiontwist import Iteration, TrustRegionTwist, default_twist, pool
@@ -37,6 +37,7 @@ __all__ = [
     "SMCFailed",
     "SMCResult",
     "SVDD",
+    "Search",
     "SearchStep",
     "Tempering",
     "TreeSearch",

@@ -25,14 +25,18 @@ from pyro_twist.infer.result import SMCResult
 from pyro_twist.infer.twistedsmc import TwistedSMC
 from pyro_twist.twists.lookahead import LookaheadTwist
 
-__all__ = ["SVDD", "BeamSearch", "BlockSearch", "Selection", "Width"]
+__all__ = ["SVDD", "BeamSearch", "BlockSearch", "Search", "Selection", "Width"]
 
 Selection = Literal["argmax", "sample"]
 Width = int | tuple[int, int] | Callable[[int], int]
 
 
-class _Search(TwistedSMC):
-    """What searches share: weights are scores, and the result ranks."""
+class Search(TwistedSMC):
+    """
+    What searches share: weights are scores, and the result ranks.
+
+    A derived class says when to select, and who goes on.
+    """
 
     #: How many of the final particles the result has.
     keep: int
@@ -82,7 +86,7 @@ class _Search(TwistedSMC):
         return score.topk(self.keep, dim=0).indices
 
 
-class BlockSearch(_Search):
+class BlockSearch(Search):
     """
     CoDe [1]: blockwise best-of-N along the trajectory. A maximiser.
 
@@ -176,8 +180,8 @@ class SVDD(BlockSearch):
 
     **References**
 
-    [1] `Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based
-        Decoding`
+    [1] `Derivative-Free Guidance in Continuous and Discrete Diffusion Models`
+        (with Soft Value-Based Decoding)
         Xiner Li, Yulai Zhao, Chenyu Wang, Gabriele Scalia, Gokcen Eraslan, Surag Nair,
         Tommaso Biancalani, Shuiwang Ji, Aviv Regev, Sergey Levine, Masatoshi Uehara (2024),
         https://arxiv.org/abs/2408.08252
@@ -206,7 +210,7 @@ class SVDD(BlockSearch):
         )
 
 
-class BeamSearch(_Search):
+class BeamSearch(Search):
     """
     A beam search over trajectories, with look-ahead, as in DSearch [1]. A maximiser.
 
