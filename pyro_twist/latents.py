@@ -31,12 +31,12 @@ from pyro.poutine.runtime import get_plates
 from torch.distributions import transform_to
 from torch.distributions.constraints import real
 
+from pyro_twist.potential import inside, plate_of
 from pyro_twist.twists.learned import LearnedTwist
 from pyro_twist.twists.paths import Pass, Paths, PathStep
 from pyro_twist.twists.statistics import Quadratic
 from pyro_twist.twists.tilting import log_ratio
 from pyro_twist.twists.twist import SumTwist, Twist
-from pyro_twist.potential import inside, plate_of
 from pyro_twist.wrapper import ModelWrapper
 
 __all__ = ["AutoLatents", "JointTwist", "WithLatents"]

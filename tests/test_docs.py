@@ -35,9 +35,11 @@ PAGES = [
     "docs/instrument.md",
     "docs/inverse.md",
     "docs/learning.md",
+    "docs/pipelines.md",
     "docs/statespace.md",
     "docs/api/pyro_twist.md",
     "docs/extending/model.md",
+    "docs/extending/pipeline.md",
     "docs/extending/reward.md",
     "docs/extending/twist.md",
     "docs/extending/learned.md",
@@ -74,8 +76,18 @@ def small_diffusion(*args: Any, **kwargs: Any) -> GaussianDiffusion:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small models for what the pages load, and an empty folder for what they write."""
-    from diffusers import UNet2DModel
+    from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 
+    from pyro_twist.diffusion.pipelines import build
+    from tests.diffusion.pipes import stable_diffusion
+
+    scheduler = DDPMScheduler(clip_sample=False, steps_offset=1)
+    monkeypatch.setattr(
+        StableDiffusionPipeline,
+        "from_pretrained",
+        lambda path: stable_diffusion(scheduler=scheduler),
+    )
+    monkeypatch.setattr(build, "_REGISTERED", {})
     monkeypatch.setattr(zoo, "load", small_diffusion)
     monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda path: lambda x, timestep: x)
     monkeypatch.setattr(registry, "_ALGORITHMS", registry.algorithms())  # a copy to add to

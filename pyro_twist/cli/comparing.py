@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from pyro_twist.algorithms import Comparison, compare
+from pyro_twist.algorithms import Comparison, compare, find_algorithm
 from pyro_twist.align import AlignOptions, OptionError
 from pyro_twist.align.job import tilted_model
 from pyro_twist.cli.aligning import print_table
-from pyro_twist.cli.app import FAILED, INTERRUPTED, WRONG_OPTION, complain
+from pyro_twist.cli.app import INTERRUPTED, WRONG_OPTION, complain
 
 __all__ = ["compare_command"]
 
@@ -42,13 +42,17 @@ def compare_command(
     :returns: The exit code.
     """
     try:
+        for name in methods:
+            find_algorithm(name)
+        if budget < 1 or seeds < 1:
+            raise OptionError(f"--budget {budget} --seeds {seeds}: give numbers of at least 1")
         options = AlignOptions(model=model, **given)
         tilted = tilted_model(options)
         rows = _rows_file(options, tilted.scales, budget)
         found = compare(tilted, methods or None, budget=budget, seeds=seeds, path=rows)
     except (OptionError, ValueError) as error:
         complain(str(error))
-        return WRONG_OPTION if not isinstance(error, RuntimeError) else FAILED
+        return WRONG_OPTION
     except KeyboardInterrupt:
         complain("interrupted; finished runs are kept, and the same command goes on from there")
         return INTERRUPTED
@@ -68,11 +72,13 @@ def _rows_file(options: AlignOptions, scales: dict[str, float], budget: int) -> 
         "budget": budget,
     }
     note = options.out / "comparison.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != told:
+    rows = options.out / "rows.jsonl"
+    # without a finished run there is nothing that could be lost
+    if rows.exists() and json.loads(note.read_text(encoding="utf-8")) != told:
         raise OptionError(f"{options.out} has another comparison; give another --out")
     options.out.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    return options.out / "rows.jsonl"
+    return rows
 
 
 def _print(found: Comparison, scales: dict[str, float]) -> None:

@@ -12,10 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_twist.infer import weights
+from pyro_twist.infer.increments import latent_sites
+from pyro_twist.infer.nested import check_whole
 from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.result import SMCResult
 from pyro_twist.infer.twistedsmc import TwistedSMC
@@ -134,17 +137,17 @@ class ParticleGibbs(TwistedSMC):
 
     def _draw_path(self, result: SMCResult) -> dict[str, Tensor]:
         """One of the final paths, by its weight, of shape ``(1, ...)`` for each site."""
-        probs = result.get_normalized_weights()
-        columns = probs.reshape(len(probs), -1).T.cpu()
-        drawn = torch.multinomial(columns, 1, generator=self._cpu_generator()).T
-        index = drawn.reshape((1, *probs.shape[1:])).to(probs.device)
+        drawn = self._one_of(result.get_normalized_weights())[None]
         samples = result.samples or {}
         axis = result.population_axis
-        return {name: take_ancestors(value, index, axis) for name, value in samples.items()}
+        return {name: take_ancestors(value, drawn, axis) for name, value in samples.items()}
 
-    def _cpu_generator(self) -> torch.Generator | None:
+    def _one_of(self, probs: Tensor) -> Tensor:
+        """A particle of each population, by its probability, of shape ``()`` or the populations'."""
         generator = self._generator()
-        return generator if generator.device.type == "cpu" else None
+        columns = probs.reshape(len(probs), -1).T.to(generator.device)
+        drawn = torch.multinomial(columns, 1, generator=generator)
+        return drawn.reshape(probs.shape[1:]).to(probs.device)
 
     # one conditional pass
 
@@ -163,21 +166,27 @@ class ParticleGibbs(TwistedSMC):
 
     def _shuffled(self, index: Tensor, chosen: Tensor) -> Tensor:
         """Multinomial ancestors are sorted; in random order they are independent draws."""
-        order = torch.rand(index.shape, generator=self._cpu_generator()).argsort(dim=0)
+        generator = self._generator()
+        order = torch.rand(index.shape, generator=generator, device=generator.device).argsort(dim=0)
         mixed = index.gather(0, order.to(index.device))
         return torch.where(chosen, mixed, index)
 
     def _past(self, chosen: Tensor) -> Tensor:
         """The ancestor of the path kept, drawn for each population that is resampled."""
-        now = self._time()
-        log_probs = self.model.kernel(self.state, now).log_prob(self._next_value(now)).double()
-        log_probs = log_probs.reshape(self.state._log_weights.shape)
-        columns = (self.log_weights + log_probs).softmax(0).reshape(self.num_particles, -1).T.cpu()
-        drawn = torch.multinomial(columns, 1, generator=self._cpu_generator()).reshape(chosen.shape)
-        return torch.where(chosen, drawn.to(chosen.device), 0)
+        name = f"x_{self._time() - 1}"
+        log_prob = self.model.kernel(self.state, self._time()).log_prob(self.kept[name])
+        score = self.log_weights + self._reducer._reduce(name, log_prob)
+        # a value without noise that was rounded otherwise fits no past, not even its own
+        lost = score.amax(0) == -torch.inf
+        score[0] = torch.where(lost, torch.zeros_like(score[0]), score[0])
+        return torch.where(chosen, self._one_of(score.softmax(0)), 0)
 
-    def _next_value(self, now: int) -> Tensor:
-        return self.kept[f"x_{now - 1}"]
+    def _observe(
+        self, trace: poutine.Trace, before: dict[Any, Any], args: Any, kwargs: Any
+    ) -> None:
+        super()._observe(trace, before, args, kwargs)
+        if self.ancestor_sampling:
+            _check_trajectory(trace)
 
     # going on later
 
@@ -202,8 +211,11 @@ class _Keep(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["value"] is not None or msg["name"] not in self.path:
             return
+        kept = self.path[msg["name"]]
+        if hasattr(msg["fn"], "with_first"):  # a proposal with draws of its own
+            msg["fn"] = msg["fn"].with_first(kept)
         drawn = msg["fn"](*msg["args"], **msg["kwargs"])
-        msg["value"] = torch.cat([self.path[msg["name"]].to(drawn), drawn[1:]])
+        msg["value"] = torch.cat([kept.to(drawn), drawn[1:]])
 
 
 def _joined(used: Sequence[SMCResult], every: Sequence[SMCResult], scale: Tensor) -> SMCResult:
@@ -230,8 +242,7 @@ def _check(
         raise ValueError(
             f"num_particles={num_particles!r}; give 2 or more: one of them follows the path kept"
         )
-    if not isinstance(num_iterations, int) or num_iterations < 1:
-        raise ValueError(f"num_iterations={num_iterations!r}; give a whole number, 1 or more")
+    check_whole(num_iterations=num_iterations)
     if not isinstance(burn_in, int) or not 0 <= burn_in < num_iterations:
         raise ValueError(f"burn_in={burn_in!r}; give a number from 0 to {num_iterations - 1}")
     if options.get("resampling", "multinomial") not in ("multinomial", "none"):
@@ -243,8 +254,19 @@ def _check(
         raise ValueError("particle Gibbs keeps paths; leave history out")
 
 
+def _check_trajectory(trace: poutine.Trace) -> None:
+    """Refuses latents beside the trajectory, of which the model's kernel is not the whole future."""
+    for name, _ in latent_sites(trace, given=True):
+        if not (name.startswith("x_") and name[2:].isdigit()):
+            raise ValueError(
+                f"the model draws {name!r} beside its trajectory, on which what follows depends as "
+                "well; ancestor sampling weighs pasts by the next state alone. Leave "
+                "ancestor_sampling out."
+            )
+
+
 def _check_kernel(model: Any) -> None:
-    if not hasattr(model, "kernel"):
+    if not callable(getattr(model, "kernel", None)):
         raise ValueError(
             f"{type(model).__name__} has no method `kernel`, by which ancestor sampling weighs "
             "other pasts; give it one, or leave ancestor_sampling out"

@@ -16,7 +16,7 @@ from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.resampling import get_resampling
 from pyro_twist.infer.twistedsmc import TwistedSMC
 
-__all__ = ["NestedSMC", "check_groups", "draw_within"]
+__all__ = ["NestedSMC", "check_groups", "check_whole", "draw_within"]
 
 
 class NestedSMC(TwistedSMC):
@@ -141,11 +141,22 @@ def check_groups(num_particles: int, num_children: int) -> None:
     """
     Refuses numbers of children that do not divide that of particles.
 
-    :raises ValueError: If ``num_children`` is no divisor of ``num_particles``.
+    :raises ValueError: If one is no whole number, or ``num_children`` no divisor.
     """
-    whole = isinstance(num_children, int) and not isinstance(num_children, bool)
-    if not whole or num_children < 1 or num_particles % num_children:
+    check_whole(num_particles=num_particles, num_children=num_children)
+    if num_particles % num_children:
         raise ValueError(
             f"num_children={num_children!r} of num_particles={num_particles!r}: particles are the "
             "children of all parents together; give a whole number of children that divides them"
         )
+
+
+def check_whole(**given: Any) -> None:
+    """
+    Refuses what are no whole numbers of 1 or more.
+
+    :raises ValueError: Names the first that is none.
+    """
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}; give a whole number, 1 or more")

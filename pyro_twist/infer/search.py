@@ -5,7 +5,8 @@
 Searches over trajectories: they maximise a look-ahead, and do not sample the tilted law.
 
 Between selections particles move by the guide's proposals; at a selection the best go on, each as
-several copies. Particles are scored by their twist, at the end by the factors of the model.
+several copies. Particles are scored by the factors of the model so far and by their twist, at the
+end by the factors alone.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_twist.infer import weights
-from pyro_twist.infer.nested import check_groups, draw_within
+from pyro_twist.infer.increments import Increment, sample_sites
+from pyro_twist.infer.nested import check_groups, check_whole, draw_within
 from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.result import SMCResult
 from pyro_twist.infer.twistedsmc import TwistedSMC
@@ -35,7 +38,9 @@ class Search(TwistedSMC):
     """
     What searches share: weights are scores, and the result ranks.
 
-    A derived class says when to select, and who goes on.
+    A score is what the model's factors have come to so far, and the twist. How likely a proposal
+    was does not enter it, so that guides that propose are not held back. A derived class says when
+    to select, and who goes on.
     """
 
     #: How many of the final particles the result has.
@@ -57,30 +62,47 @@ class Search(TwistedSMC):
     def _chosen(self, score: Tensor) -> Tensor:
         """The particles that go on, as many as there are, from their scores."""
 
+    def _propagate(self, method: str, args: Any, kwargs: Any) -> list[Increment]:
+        found = super()._propagate(method, args, kwargs)
+        return [increment for increment in found if increment.name in self._factors]
+
+    def _observe(
+        self, trace: poutine.Trace, before: dict[Any, Any], args: Any, kwargs: Any
+    ) -> None:
+        super()._observe(trace, before, args, kwargs)
+        own = [(n, s) for n, s in sample_sites(trace) if not s["infer"].get("_from_guide")]
+        self._factors = {name for name, site in own if site["is_observed"]}
+
     def _maybe_resample(self, ess: Tensor, allowed: bool) -> tuple[Tensor | None, Tensor]:
         selects = allowed and bool(self.state) and self._selects(self._time())
         flags = torch.full(ess.shape, selects, device=ess.device)
         if not selects:
             return None, flags
+        if self._log_twist is None:
+            raise ValueError(
+                f"the guide {type(self.guide).__name__} has no log-twist at x_{self._time()}, by "
+                "which a search selects there; give it a look-ahead"
+            )
         index = self._chosen(self.state._log_weights)
         self._follow(index)
-        self._rescore()
+        score = take_ancestors(self.state._log_weights, index)
+        self.state._log_weights = weights.log_normalize(score)
         return index, flags
 
-    def _rescore(self) -> None:
-        """Makes the weights the scores alone, so that those of different parents compare."""
-        score = self._log_twist
-        if score is None:
-            score = torch.zeros_like(self.state._log_weights)
-        self.state._log_weights = weights.log_normalize(score)
+    def _report(self, bar: Any) -> None:
+        bar.update()
+
+    def get_log_normalizer(self) -> Tensor:
+        """NaN: a search estimates none."""
+        return torch.full_like(self._log_normalizer, torch.nan)
 
     def result(self) -> SMCResult:
-        """The best particles so far, best first."""
+        """The best particles so far, best first; of weight zero where the model's factors are."""
         everything, score = super().result(), self.state._log_weights
-        found = everything.select(self._best(score))
-        nan = torch.full_like(everything.log_normalizer, torch.nan)
-        equal = torch.zeros_like(found.log_weights)
-        return replace(found, log_weights=equal, log_normalizer=nan, kind="maximiser")
+        index = self._best(score)
+        dead = take_ancestors(score, index) == -torch.inf
+        equal = torch.zeros_like(score[: len(index)]).masked_fill(dead, -torch.inf)
+        return replace(everything.select(index), log_weights=equal, kind="maximiser")
 
     def _best(self, score: Tensor) -> Tensor:
         return score.topk(self.keep, dim=0).indices
@@ -126,8 +148,7 @@ class BlockSearch(Search):
         **options: Any,
     ) -> None:
         check_groups(num_particles, num_children)
-        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
-            raise ValueError(f"block_size={block_size!r}; give a whole number of steps, 1 or more")
+        check_whole(block_size=block_size)
         if selection not in get_args(Selection):
             raise ValueError(f"selection={selection!r}; choose one of {get_args(Selection)}")
         self.num_children, self.block_size, self.selection = num_children, block_size, selection
@@ -250,9 +271,7 @@ class BeamSearch(Search):
         keep: int = 1,
         **options: Any,
     ) -> None:
-        for name, number in (("every", every), ("keep", keep)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{name}={number!r}; give a whole number, 1 or more")
+        check_whole(num_particles=num_particles, every=every, keep=keep)
         if keep > num_particles:
             raise ValueError(f"keep={keep} is more than num_particles={num_particles}")
         self.keep = keep
@@ -268,6 +287,8 @@ class BeamSearch(Search):
     def _chosen(self, score: Tensor) -> Tensor:
         width = self.widths[self._time()]
         best = score.topk(width, dim=0).indices
+        dead = take_ancestors(score, best) == -torch.inf
+        best = torch.where(dead, best[:1], best)
         copies = torch.full((width,), self.num_particles // width, device=score.device)
         copies[: self.num_particles % width] += 1
         return best.repeat_interleave(copies, 0)
@@ -287,10 +308,10 @@ def _widths(width: Width | None, timesteps: tuple[int, ...], size: int) -> dict[
     return found
 
 
-def _width_at(width: Width, t: int, first: int) -> int:
+def _width_at(width: Width, t: int, first: int) -> Any:
     if callable(width):
         return width(t)
-    if isinstance(width, tuple):
+    if isinstance(width, tuple) and len(width) == 2:
         start, end = width
         return round(end + (start - end) * (t - 1) / max(first - 1, 1))
     return width

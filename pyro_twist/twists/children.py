@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -62,8 +63,9 @@ class ChildrenTwist(Twist):
             )
         if not isinstance(num_children, int) or isinstance(num_children, bool) or num_children < 1:
             raise ValueError(f"num_children={num_children!r}; give a whole number, 1 or more")
-        if not (0 <= strength < math.inf and 0 <= floor < math.inf):
-            raise ValueError(f"strength={strength}, floor={floor}; give finite numbers, 0 or more")
+        for name, number in (("strength", strength), ("floor", floor)):
+            if not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+                raise ValueError(f"{name}={number!r}; give a finite number, 0 or more")
         self.num_children, self.strength, self.floor = num_children, strength, floor
 
     def get_posterior(self, name: str, prior: Any) -> Any:
@@ -72,10 +74,14 @@ class ChildrenTwist(Twist):
             return prior
         state = self.args_kwargs[0][0]
         children = torch.stack([prior.sample() for _ in range(self.num_children)])
+        return _Chosen(prior, children, lambda draws: self._scores(state, draws))
+
+    def _scores(self, state: Any, children: Tensor) -> Tensor:
+        """By what the children of each particle are chosen, in nats."""
         scores = torch.stack([self._score(state, child) for child in children])
         best = scores.amax(0, keepdim=True)
         best = torch.where(best == -math.inf, torch.zeros_like(best), best)
-        return _Chosen(prior, children, self.strength * scores.maximum(best - self.floor))
+        return self.strength * scores.maximum(best - self.floor)
 
     def _score(self, state: Any, child: Tensor) -> Tensor:
         """The log-potential of a child, completed by tokens from the evaluation at its parent."""
@@ -86,18 +92,38 @@ class ChildrenTwist(Twist):
 
 
 class _Chosen(dist.TorchDistribution):
-    """One of several draws from ``base``, chosen in proportion to the exponential of its score."""
+    """
+    One of several draws from ``base``, chosen in proportion to the exponential of its score.
+
+    :param base: What the draws are from.
+    :param Tensor draws: Of shape ``(number,) + base.shape()``.
+    :param callable score: Maps draws to scores, of shape ``(number,) + base.batch_shape``.
+    :param int given: How many of the first particles have the first of their draws chosen.
+    """
 
     arg_constraints: dict[str, Any] = {}
 
-    def __init__(self, base: Any, draws: Tensor, scores: Tensor) -> None:
-        self.base = base
+    def __init__(
+        self, base: Any, draws: Tensor, score: Callable[[Tensor], Tensor], given: int = 0
+    ) -> None:
+        self.base, self._draws, self._score = base, draws, score
+        scores = score(draws)
         place = torch.distributions.Categorical(logits=scores.movedim(0, -1)).sample()
+        place[:given] = 0
         index = place.reshape((1, *place.shape) + (1,) * (draws.dim() - 1 - place.dim()))
         self._value = draws.gather(0, index.expand((1, *draws.shape[1:])))[0]
         mean = scores.logsumexp(0) - math.log(len(scores))
         self._log_ratio = mean - scores.gather(0, place[None])[0]
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def with_first(self, value: Tensor) -> _Chosen:
+        """
+        The same, given that the first particle's choice was ``value``: one of its draws is that,
+        and the others are as they were.
+        """
+        draws = self._draws.clone()
+        draws[0, :1] = value.to(draws)
+        return _Chosen(self.base, draws, self._score, given=1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         return self._value

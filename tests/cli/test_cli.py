@@ -196,3 +196,25 @@ def test_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "pyro_twist", "--version"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown == f"pyro-twist {pyro_twist.__version__}\n"
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong option costs nothing and blocks nothing; a second call repeats no run."""
+    small = ["compare", "digits", "-r", "bright", "--scale", "3", "--steps", "3", "-n", "4"]
+    common = [*small, "--seeds", "2", "-o", str(tmp_path / "out")]
+    for wrong, message in (
+        (["-m", "fkk"], "did you mean 'fk'"),
+        (["-m", "tree-search"], "sequences with a mask"),
+        (["--seeds", "0"], "at least 1"),
+    ):
+        assert call([*common, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert call([*common, "-m", "fk", "-m", "svdd"]) == 0
+    assert "tilted law" in capsys.readouterr().out
+    rows = (tmp_path / "out" / "rows.jsonl").read_text()
+    assert len(rows.splitlines()) == 4
+    assert call([*common, "-m", "fk", "-m", "svdd"]) == 0
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
+    assert {"table.md", "comparison.png"} <= {one.name for one in (tmp_path / "out").iterdir()}
+    assert call([*common, "-m", "fk", "-n", "5"]) == 2
+    assert "another comparison" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 MODULES = ["charlm", "classifiers", "images", "molecules", "proteins", "reward", "samples"]
-MODULES += ["text", "textmodels", "tilted"]
+MODULES += ["preference.combine", "text", "textmodels", "tilted"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -728,7 +728,7 @@ def test_the_law_does_not_depend_on_the_decoder_of_look_aheads() -> None:
     """
     The estimate of ``log Z`` is of the fully decoded reward, though look-aheads see the opposite.
 
-    Of 100 runs the mean of ``Z`` estimates lies within 4.5 standard errors of the truth, beyond
+    Of 60 runs the mean of ``Z`` estimates lies within 4.5 standard errors of the truth, beyond
     which a normal lies with probability 7e-6.
     """
     base = Chain((1,), num_steps=3)
@@ -738,15 +738,15 @@ def test_the_law_does_not_depend_on_the_decoder_of_look_aheads() -> None:
     estimates = torch.tensor(
         [
             math.exp(
-                float(TwistedSMC(model, LookaheadTwist(model), 8, seed=k).run().log_normalizer)
+                float(TwistedSMC(model, LookaheadTwist(model), 256, seed=k).run().log_normalizer)
             )
-            for k in range(100)
+            for k in range(60)
         ]
     )
     truth = math.exp(scale**2 * base.end_variance / 2)
-    error = float(estimates.std()) / 10
+    error = float(estimates.std()) / 60**0.5
     assert abs(float(estimates.mean()) - truth) < 4.5 * error
-    assert error < 0.06 * truth
+    assert error < 0.01 * truth
 
 
 def test_a_decoder_of_look_aheads_needs_something_to_stand_in_for() -> None:
