@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         viz,
         zoo,
     )
-    from pyro_twist.algorithms import compare
+    from pyro_twist.algorithms.compare import compare
     from pyro_twist.diffusion import (
         GaussianDenoiser,
         GaussianDiffusion,

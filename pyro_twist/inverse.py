@@ -107,8 +107,8 @@ class GaussianBlur:
     """
 
     def __init__(self, width: float, radius: int | None = None) -> None:
-        if not 0 < width < math.inf:
-            raise ValueError(f"width={width}; give a positive number of pixels, such as 1.0")
+        if not isinstance(width, (int, float)) or not 0 < width < math.inf:
+            raise ValueError(f"width={width!r}; give a positive number of pixels, such as 1.0")
         radius = math.ceil(3 * width) if radius is None else radius
         if not isinstance(radius, int) or radius < 1:
             raise ValueError(f"radius={radius!r}; give a whole number of pixels, 1 or more")
@@ -242,7 +242,8 @@ def _check_observation(model: Any, y: Any, shape: torch.Size) -> None:
 
 
 def _check_noise(noise: Any, shape: torch.Size) -> None:
-    sd = torch.as_tensor(noise)
+    number = isinstance(noise, (int, float, Tensor))
+    sd = torch.as_tensor(noise) if number else torch.zeros(())
     if not bool(((sd > 0) & torch.isfinite(sd)).all()):
         raise ValueError(f"noise={noise}; give the standard deviation of the noise, above 0")
     try:

@@ -5,7 +5,7 @@
 The log-potential of a model's end: the sum of the factors and observations that it emits there.
 
 A model with a method ``terminal(state, x0)``, which emits them, can be asked what any guess of its
-end state is worth. This module knows nothing of rewards, nor of what kind the model is.
+end state is worth. This module knows neither what rewards are, nor of what kind the model is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["batch_shape_of", "inside", "log_potential", "plate_of", "sum_of_factors"]
+__all__ = [
+    "batch_shape_of",
+    "inside",
+    "log_potential",
+    "plate_of",
+    "rewards_of",
+    "sum_of_factors",
+]
 
 
 def log_potential(model: Any, state: Any, x0: Tensor) -> Tensor:
@@ -155,6 +162,20 @@ def batch_shape_of(model: Any, x0: Tensor) -> torch.Size:
             f"{event_shape}"
         )
     return x0.shape[:split]
+
+
+def rewards_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """
+    The rewards of a model and of those that it is built around, by name.
+
+    :param model: A model; those it is built around are its ``model``, their ``model``, and so on.
+    """
+    inner = model
+    while inner is not None and hasattr(inner, "__dict__"):
+        for name, reward in (vars(inner).get("rewards") or {}).items():
+            for one in getattr(reward, "rewards", [reward]):
+                yield name, one
+        inner = vars(inner).get("model")
 
 
 # Plates

@@ -341,3 +341,16 @@ def test_an_observation_for_each_entry_of_a_plate() -> None:
     assert result.log_weights.shape == (5, 3)
     assert torch.allclose(result.log_weights[:, 1], other.log_weights[:, 1])
     assert not torch.allclose(result.log_weights[:, 0], other.log_weights[:, 0])
+
+
+@pytest.mark.parametrize("width", ["a", 0, math.inf, None])
+def test_widths_of_blurs(width: Any) -> None:
+    with pytest.raises(ValueError, match="width="):
+        GaussianBlur(width)
+
+
+@pytest.mark.parametrize("noise", ["a", None, 0.0, math.nan])
+def test_noise_is_a_positive_number(noise: Any) -> None:
+    model = gaussian((2,), torch.eye(2))
+    with pytest.raises(ValueError, match="noise="):
+        observed(model, lambda x: x, torch.zeros(model.event_shape), noise)

@@ -86,25 +86,29 @@ def _controlled(setting: Setting) -> Runnable:
 
 def _gibbs(setting: Setting) -> Runnable:
     passes, options = _passes(setting)
-    options = {**options, "resampling": "multinomial"}
-    options["num_particles"] = max(2, options["num_particles"])
-    return ParticleGibbs(
-        setting.model, LookaheadTwist(setting.model), num_iterations=passes, **options
-    )
+    options, twist = {**options, "resampling": "multinomial"}, LookaheadTwist(setting.model)
+    if setting.num_particles == 1:  # the first pass is ordinary, and there is no other
+        return TwistedSMC(setting.model, twist, **options)
+    return ParticleGibbs(setting.model, twist, num_iterations=passes, **options)
 
 
-def _num_children(num_particles: int) -> int:
-    """The largest divisor up to four that leaves two parents, if there is one."""
-    most = min(4, max(1, num_particles // 2))
-    return next(m for m in range(most, 0, -1) if num_particles % m == 0)
+def _families(options: dict[str, Any]) -> dict[str, Any]:
+    """
+    The options with numbers of children: the largest divisor up to four that leaves two parents.
+
+    Where there is none but one, some of the budget is left over, for there to be children at all.
+    """
+    size = options["num_particles"]
+    most = min(4, max(1, size // 2))
+    children = next(m for m in range(most, 0, -1) if size % m == 0)
+    children = most if children == 1 else children
+    return {**options, "num_children": children, "num_particles": size - size % children}
 
 
 def _nested(**options: Any) -> Callable[[Setting], Runnable]:
     def make(setting: Setting) -> Runnable:
-        children = _num_children(setting.num_particles)
         twist = LookaheadTwist(setting.model)
-        given = {"num_children": children, **options, **setting.resampled}
-        return NestedSMC(setting.model, twist, **given)
+        return NestedSMC(setting.model, twist, **options, **_families(setting.resampled))
 
     return make
 
@@ -139,14 +143,12 @@ def _children(setting: Setting) -> Runnable:
 
 
 def _svdd(setting: Setting) -> Runnable:
-    children = _num_children(setting.num_particles)
-    return SVDD(setting.model, num_children=children, **setting.common)
+    return SVDD(setting.model, **_families(setting.common))
 
 
 def _blocks(setting: Setting) -> Runnable:
-    children = _num_children(setting.num_particles)
     size = max(1, math.ceil(len(setting.model.timesteps) / 5))
-    return BlockSearch(setting.model, num_children=children, block_size=size, **setting.common)
+    return BlockSearch(setting.model, block_size=size, **_families(setting.common))
 
 
 def _beam(setting: Setting) -> Runnable:

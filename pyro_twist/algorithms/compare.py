@@ -8,19 +8,27 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyro_twist.algorithms.registry import Algorithm, Setting, algorithms, find_algorithm
+from pyro_twist.algorithms.registry import (
+    Algorithm,
+    Setting,
+    algorithms,
+    find_algorithm,
+    nearest,
+)
 from pyro_twist.algorithms.scored import Scored
 from pyro_twist.infer import SMCFailed, SMCResult
-from pyro_twist.infer.weights import weighted_mean
-from pyro_twist.rewards.reward import RewardError
-from pyro_twist.rewards.tilted import log_potential
+from pyro_twist.infer.randomness import RandomStream
+from pyro_twist.potential import log_potential, plate_of, rewards_of
+from pyro_twist.twists.lookahead import check_tilted
+from pyro_twist.weights import weighted_mean
+from pyro_twist.wrapper import ModelWrapper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +94,10 @@ class Comparison:
     What several algorithms found on one model.
 
     :param list rows: For each run its ``algorithm``, ``seed`` and the figures of :data:`FIGURES`;
-        ``None`` where there is none. The rewards are log-potentials, in nats.
+        ``None`` where there is none. The rewards are log-potentials, in nats: ``objective`` is
+        their weighted mean, for a maximiser that of the first particle, which it returns; ``best``
+        is the highest of any particle, whatever its weight. Those of minus infinity are left out
+        of means. ``model`` says what was run, as far as it can be told.
     :param int budget: The trajectories that each had.
     :param tuple measures: The names of what else was measured.
     """
@@ -106,6 +117,11 @@ class Comparison:
 
     def values(self, name: str, figure: str) -> dict[int, float]:
         """A figure of an algorithm by seed; NaN where a run has none."""
+        if name not in self.names:
+            raise ValueError(nearest("algorithm", name, self.names))
+        known = (*FIGURES, *self.measures)
+        if figure not in known:
+            raise ValueError(nearest("figure", figure, known))
         rows = [row for row in self.rows if row["algorithm"] == name]
         return {r["seed"]: math.nan if r[figure] is None else float(r[figure]) for r in rows}
 
@@ -209,12 +225,13 @@ def compare(
         a number for each particle, such as the opinion of a judge, of which the weighted mean is
         taken.
     :param path: A file that finished runs are appended to, one JSON object a line; those that are
-        in it already are not repeated, so that a run that was killed goes on.
+        in it already are not repeated, so that a run that was killed goes on. One with rows of
+        another model is refused, as far as steps, shapes, rewards and scales tell.
     :param bool progress: Whether to show a progress bar; by default on a terminal only.
     :returns: Tables, intervals and plots of what was found.
     :rtype: Comparison
-    :raises ValueError: If a name is unknown, an algorithm does not fit the model, or a number is
-        out of range.
+    :raises ValueError: If a name is unknown, an algorithm does not fit the model, a number is out
+        of range, or the file has rows of something else.
 
     Example::
 
@@ -222,14 +239,14 @@ def compare(
         print(comparison)
         print(comparison.difference("tri-tsmc", "fk", "log_normalizer"))
     """
-    chosen, measures = _chosen(model, algorithms), measures or {}
-    if taken := set(measures) & {*FIGURES, "algorithm", "returns", "seed", "failed", "budget"}:
-        raise ValueError(f"measures={sorted(measures)}: {min(taken)!r} is a column already")
-    numbers = _seeds(seeds)
+    check_tilted(model, "compare algorithms by")
+    chosen, measures, numbers = _chosen(model, algorithms), measures or {}, _seeds(seeds)
+    _check_measures(measures)
+    _check_plate(model, population_plate)
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
         raise ValueError(f"budget={budget!r}; give a whole number of trajectories, 1 or more")
     setting = Setting(Scored(model), budget, max_plate_nesting, population_plate)
-    file = _File(path, budget)
+    file = _File(path, budget, _told(model), measures)
     jobs = [(seed, one) for seed in numbers for one in chosen]
     for seed, one in _bar(jobs, progress):
         if file.find(one.name, seed) is None:
@@ -239,13 +256,16 @@ def compare(
 
 
 def _chosen(model: Any, wanted: Sequence[str | Algorithm] | None) -> list[Algorithm]:
-    if isinstance(wanted, str):
+    if isinstance(wanted, (str, Algorithm)):
         wanted = [wanted]
     if wanted is None:
         return list(algorithms(model).values())
     found = [one if isinstance(one, Algorithm) else find_algorithm(one) for one in wanted]
+    names = [one.name for one in found]
     if not found:
         raise ValueError("algorithms is empty; name at least one, or leave it out for all")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"algorithm {twice[0]!r} is there twice; give one of them another name")
     for one in found:
         if reason := one.unmet(model):
             raise ValueError(
@@ -257,9 +277,51 @@ def _chosen(model: Any, wanted: Sequence[str | Algorithm] | None) -> list[Algori
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
     if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds >= 1:
         return list(range(seeds))
-    if isinstance(seeds, Sequence) and seeds and all(isinstance(one, int) for one in seeds):
-        return list(dict.fromkeys(seeds))
+    listed = list(seeds) if isinstance(seeds, Sequence) else []
+    if listed and all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
+        return list(dict.fromkeys(listed))
     raise ValueError(f"seeds={seeds!r}; give a number of seeds, 1 or more, or a list of them")
+
+
+def _check_measures(measures: Mapping[str, Any]) -> None:
+    columns = {*FIGURES, "algorithm", "returns", "seed", "failed", "budget", "model"}
+    if taken := set(measures) & columns:
+        raise ValueError(f"measures={sorted(measures)}: {min(taken)!r} is a column already")
+    for name, measure in measures.items():
+        if not callable(measure):
+            raise ValueError(
+                f"the measure {name!r} is {measure!r}; give a function of the final state that "
+                "returns a number for each particle"
+            )
+
+
+def _check_plate(model: Any, population_plate: str | None) -> None:
+    plate = plate_of(model)
+    if plate is not None and population_plate is None:
+        raise ValueError(
+            f"the model has the plate {plate.name!r}; name it population_plate, so that figures "
+            "are of each entry, averaged"
+        )
+
+
+def _told(model: Any) -> str:
+    """What can be said of a model in a line, to tell it from another."""
+    parts = []
+    rewards = [str(getattr(one, "name", name)) for name, one in rewards_of(model)]
+    steps = len(model.timesteps)
+    while isinstance(model, ModelWrapper):
+        scales = [f"{one:g}" for one in vars(model).get("scales", {}).values() if _number(one)]
+        potential = getattr(vars(model).get("potential"), "__qualname__", "")
+        parts.append(" ".join([type(model).__name__, potential, *scales]))
+        model = model.model
+    shape = tuple(getattr(model, "event_shape", ()))
+    given = getattr(getattr(model, "denoiser", None), "conditioning", None) or {}
+    told = [f"{name}={value}" for name, value in given.items() if _number(value)]
+    return ", ".join([*rewards, *parts, f"{type(model).__name__} {shape}", f"{steps} steps", *told])
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _bar(jobs: list[tuple[int, Algorithm]], progress: bool | None) -> Iterator[Any]:
@@ -276,16 +338,16 @@ def _run(one: Algorithm, setting: Setting, measures: Mapping[str, Measure]) -> R
     """One run's row; one in which no particle has weight is a row without figures."""
     head = {"algorithm": one.name, "returns": one.returns, "seed": setting.seed}
     start = time.perf_counter()
-    torch.manual_seed(setting.seed or 0)  # for rewards that draw noise
     try:
-        result = one.make(setting).run()
+        with RandomStream(setting.seed)():  # what a run draws outside of its own stream
+            result = one.make(setting).run()
+            found = figures(result, one, setting.model, measures)
     except SMCFailed:
         nothing = dict.fromkeys((*FIGURES, *measures))
         return {**head, **nothing, "failed": True, "budget": setting.num_particles}
-    except RewardError as error:
+    except Exception as error:
         error.add_note(f"in {one.name!r} with seed {setting.seed}; rows of finished runs are kept")
         raise
-    found = figures(result, one, setting.model, measures)
     found["seconds"] = round(time.perf_counter() - start, 3)
     return {**head, **found, "failed": False, "budget": setting.num_particles}
 
@@ -302,13 +364,7 @@ def figures(
     :param dict measures: What else to measure, as for :func:`compare`.
     """
     score = result._by_population(_objective(result, model)).reshape(result.log_weights.shape)
-    log_weights = result.log_weights
-    if one.returns == "a maximiser":  # its first particle is what it returns
-        log_weights = torch.full_like(log_weights, -torch.inf)
-        log_weights[0] = 0.0
-    if not one.tilted:
-        log_weights = torch.zeros_like(log_weights)
-    alive = torch.where(score == -torch.inf, -torch.inf, log_weights)
+    alive = torch.where(score == -torch.inf, -torch.inf, one.log_weights(result))
     found = {
         "log_normalizer": float(result.log_normalizer.mean()) if one.weighted else math.nan,
         "objective": float(weighted_mean(score, alive).mean()),
@@ -316,10 +372,18 @@ def figures(
         "ess": float(result.get_ESS().mean()) if one.weighted else math.nan,
     }
     for name, measure in (measures or {}).items():
-        values = result._by_population(measure(result.state)).reshape(log_weights.shape)
+        values = _measured(result, name, measure(result.state))
         found[name] = float(weighted_mean(values, alive).mean())
     counts = {kind: result.counts.get(kind, 0) for kind in ("denoiser", "reward")}
     return {k: v if math.isfinite(v) else None for k, v in found.items()} | counts
+
+
+def _measured(result: SMCResult, name: str, values: Any) -> torch.Tensor:
+    size = result.log_weights.numel()
+    if not isinstance(values, torch.Tensor) or values.numel() != size:
+        shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"the measure {name!r} returned {shape} for {size} particles")
+    return result._by_population(values).reshape(result.log_weights.shape)
 
 
 def _objective(result: SMCResult, model: Any) -> torch.Tensor:
@@ -332,23 +396,46 @@ def _objective(result: SMCResult, model: Any) -> torch.Tensor:
 class _File:
     """The rows of finished runs, kept in a file if there is one."""
 
-    def __init__(self, path: str | Path | None, budget: int) -> None:
+    def __init__(
+        self, path: str | Path | None, budget: int, model: str, measures: Collection[str]
+    ) -> None:
         self.path, self.budget = None if path is None else Path(path), budget
+        self.model, self.measures = model, measures
         self.rows: dict[tuple[str, int], Row] = {}
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                self._keep(json.loads(line))
+            for row in _read(self.path):
+                self._keep(row)
 
     def _keep(self, row: Mapping[str, Any]) -> None:
-        if row["budget"] == self.budget:
-            self.rows[row["algorithm"], row["seed"]] = dict(row)
+        if row["budget"] != self.budget:
+            return
+        if row.get("model", self.model) != self.model:
+            raise ValueError(
+                f"{self.path} has rows of another model, {row['model']}; this one is {self.model}. "
+                "Give another path."
+            )
+        if missing := [name for name in self.measures if name not in row]:
+            raise ValueError(
+                f"{self.path} has rows without the measure {missing[0]!r}; give another path"
+            )
+        self.rows[row["algorithm"], row["seed"]] = dict(row)
 
     def find(self, name: str, seed: int) -> Row | None:
         return self.rows.get((name, seed))
 
     def add(self, row: Row) -> None:
+        row = {**row, "model": self.model}
         self._keep(row)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _read(path: Path) -> Iterator[Row]:
+    """The rows of a file; half a line, which a run that was killed has left, is taken away."""
+    text = path.read_text(encoding="utf-8")
+    if whole := text[: text.rfind("\n") + 1]:
+        yield from map(json.loads, whole.splitlines())
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")

@@ -8,9 +8,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
 
 from pyro_twist.infer import SMCResult
+from pyro_twist.infer.controlled import too_large
+from pyro_twist.potential import rewards_of
 
 __all__ = [
     "Algorithm",
@@ -102,6 +107,7 @@ class Algorithm:
         samples; by default its own.
     :param str costs: What it costs beyond its trajectories, in words.
     :param str reference: Where it is from.
+    :raises ValueError: If there is no such ``returns`` or need.
     """
 
     name: str
@@ -115,6 +121,13 @@ class Algorithm:
     costs: str = ""
     reference: str = ""
 
+    def __post_init__(self) -> None:
+        if self.returns not in get_args(Returns):
+            raise ValueError(nearest("kind of result", self.returns, get_args(Returns)))
+        for need in self.needs:
+            if need not in get_args(Need):
+                raise ValueError(nearest("need", need, get_args(Need)))
+
     @property
     def tilted(self) -> bool:
         """Whether the algorithm sees the reward at all."""
@@ -124,6 +137,21 @@ class Algorithm:
     def weighted(self) -> bool:
         """Whether its particles have weights, and a normaliser."""
         return self.returns not in ("samples of the model", "a maximiser")
+
+    def log_weights(self, result: SMCResult) -> Tensor:
+        """
+        What the particles of a result count: a maximiser returns the first, and those of the model
+        as it is are alike.
+
+        :param SMCResult result: Of a run of the algorithm.
+        :returns: Of the shape of the result's own.
+        :rtype: torch.Tensor
+        """
+        if self.returns == "a maximiser":
+            alone = torch.full_like(result.log_weights, -torch.inf)
+            alone[0] = 0.0
+            return alone
+        return result.log_weights if self.tilted else torch.zeros_like(result.log_weights)
 
     def unmet(self, model: Any) -> str:
         """
@@ -147,24 +175,13 @@ def _gaussian(model: Any) -> str:
 def _gradient(model: Any) -> str:
     if lacks := _gaussian(model):
         return lacks
-    found = _rewards(model)
+    found = rewards_of(model)
     black = [name for name, reward in found if getattr(reward, "differentiable", None) is False]
     return f"needs the gradient of the reward, and {black[0]!r} has none" if black else ""
 
 
-def _rewards(model: Any) -> list[tuple[str, Any]]:
-    """The rewards of a model and of those inside it."""
-    found: list[tuple[str, Any]] = []
-    while model is not None and hasattr(model, "__dict__"):
-        found += dict(vars(model).get("rewards") or {}).items()
-        model = vars(model).get("model")
-    return found
-
-
 def _vector(model: Any) -> str:
-    shape = tuple(getattr(model, "event_shape", ()))
-    few = len(shape) < 2 and (not shape or shape[0] <= 64) and not hasattr(model, "mask_token_id")
-    return "" if few else "is for numbers and vectors of at most 64 entries"
+    return "is for numbers and vectors of at most 64 entries" if too_large(model) else ""
 
 
 _MISSING: dict[Need, Callable[[Any], str]] = {

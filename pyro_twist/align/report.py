@@ -20,7 +20,6 @@ from pyro_twist.align.outcome import Arm, Outcome, Strength, rows_of, versions
 from pyro_twist.align.shown import Shown, ShownRow, ShownSection
 from pyro_twist.align.table import CALLS, columns, number, remarks, summary_rows, table_rows
 from pyro_twist.infer import get_resampling
-from pyro_twist.infer.weights import effective_sample_size
 from pyro_twist.viz import (
     Figure,
     Page,
@@ -30,6 +29,7 @@ from pyro_twist.viz import (
     plot_rewards,
 )
 from pyro_twist.viz.page import Part, png_bytes
+from pyro_twist.weights import effective_sample_size
 
 __all__ = ["draw_rewards", "show_samples", "strength_sentences", "write_report"]
 

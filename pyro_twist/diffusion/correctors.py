@@ -55,7 +55,12 @@ from pyro_twist.diffusion.products import (
     _weighted,
     conditioned,
 )
-from pyro_twist.potential import batch_shape_of, log_potential, sum_of_factors
+from pyro_twist.potential import (
+    batch_shape_of,
+    log_potential,
+    rewards_of,
+    sum_of_factors,
+)
 from pyro_twist.wrapper import ModelWrapper
 
 __all__ = ["ProductCorrector", "RewardCorrector"]
@@ -223,8 +228,9 @@ class ProductCorrector(CombinedModels):
     ) -> None:
         super().__init__(models, reads)
         self.exponents = _check_exponents(models, exponents)
-        if variance is not None and not 0 < variance < math.inf:
-            raise ValueError(f"variance={variance}; give a positive number, or None for no drift")
+        number = isinstance(variance, (int, float)) and 0 < variance < math.inf
+        if variance is not None and not number:
+            raise ValueError(f"variance={variance!r}; give a positive number, or None for no drift")
         self.second_order = second_order
         self._clock = _Clock(self.schedule, sum(self.exponents), variance)
         self.schedule = self._clock.reversal()
@@ -396,12 +402,13 @@ class RewardCorrector(ModelWrapper):
     ) -> None:
         super().__init__(model)
         self.base = _check_base(model)
-        _check_options(strength, at, laplacian)
+        _check_options(strength, at, laplacian, ramp)
         self.strength, self.at, self.laplacian = float(strength), at, laplacian
         self.second_order = second_order
         self._clock = _Clock(self.base.schedule)
         self.schedule = self._clock.reversal()
-        self._ramp = self._default_ramp() if ramp is None else ramp
+        self._given_ramp = ramp
+        self._shares = tuple(self.base.known_share(1.0).tolist())
 
     def init(self, state: MutableMapping[Any, Tensor], *args: Any, **kwargs: Any) -> None:
         """
@@ -446,11 +453,11 @@ class RewardCorrector(ModelWrapper):
     def _plate(self) -> AbstractContextManager[Any]:
         return self.base._plate if self.base.plate is not None else nullcontext()
 
-    def _default_ramp(self) -> Callable[[int], float]:
-        if self.at == "prediction":
-            return lambda t: 1.0
-        share = self.base.known_share(1.0).tolist()
-        return lambda t: share[t]
+    def _ramp(self, t: int) -> float:
+        """What the log-factor of a state is multiplied by."""
+        if self._given_ramp is not None:
+            return self._given_ramp(t)
+        return 1.0 if self.at == "prediction" else self._shares[t]
 
     def _signal(self, t: int) -> float:
         """The signal level, or next to nothing where there is none."""
@@ -576,6 +583,12 @@ def _check_base(model: Any) -> GaussianDiffusion:
             f"{type(model).__name__} has no factors on its end to tilt by; wrap it: "
             "RewardCorrector(RewardTilted(model, reward))"
         )
+    for name, reward in rewards_of(model):
+        if getattr(reward, "differentiable", None) is False:
+            raise ValueError(
+                f"the reward {name!r} is a black box (differentiable=False), and a corrector needs "
+                "the gradient of the whole; take TwistedSMC with a LookaheadTwist"
+            )
     while hasattr(inner, "model"):
         inner = inner.model
     if not isinstance(inner, GaussianDiffusion) or isinstance(inner, CombinedModels):
@@ -587,9 +600,11 @@ def _check_base(model: Any) -> GaussianDiffusion:
     return inner
 
 
-def _check_options(strength: float, at: str, laplacian: Any) -> None:
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"strength={strength}; give a number, 0 or more, such as 0.5")
+def _check_options(strength: Any, at: str, laplacian: Any, ramp: Any) -> None:
+    if not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
+        raise ValueError(f"strength={strength!r}; give a number, 0 or more, such as 0.5")
+    if ramp is not None and not callable(ramp):
+        raise ValueError(f"ramp={ramp!r}; give a function of the time index, or None")
     if at not in get_args(At):
         raise ValueError(f"at={at!r}; choose one of {get_args(At)}")
     counted = isinstance(laplacian, int) and not isinstance(laplacian, bool) and laplacian > 0

@@ -76,9 +76,9 @@ class BatchedDenoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where the network's parameters are; torch's default if it has none."""
-        parameter = self._parameter()
-        return torch.get_default_device() if parameter is None else parameter.device
+        """Where the network computes; torch's default if it has no parameters."""
+        placement = self._placement()
+        return torch.get_default_device() if placement is None else placement[0]
 
     def __call__(
         self, x: Tensor, timestep: float, input_scale: float, state: Mapping[Any, Any]
@@ -166,10 +166,7 @@ class BatchedDenoiser:
         return self._chunks(evaluate, len(rows))
 
     def _call(self, rows: Tensor, timestep: float, conditioning: dict[str, Any]) -> Tensor:
-        parameter = self._parameter()
-        device, dtype = rows.device, rows.dtype
-        if parameter is not None:
-            device, dtype = parameter.device, parameter.dtype
+        device, dtype = self._placement() or (rows.device, rows.dtype)
         time = torch.full((len(rows),), timestep, device=device)
         inputs = {name: _to(value, device, dtype) for name, value in conditioning.items()}
         output = self.network(rows.to(device, dtype), time, **inputs)
@@ -183,11 +180,16 @@ class BatchedDenoiser:
             )
         return output.to(rows.device, rows.dtype)
 
-    def _parameter(self) -> Tensor | None:
-        """The network's first floating-point parameter, if it is a module that has any."""
+    def _placement(self) -> tuple[torch.device, torch.dtype] | None:
+        """Where and in which type the network computes: what it says, or its first parameter's."""
         if not isinstance(self.network, torch.nn.Module):
             return None
-        return next((p for p in self.network.parameters() if p.is_floating_point()), None)
+        said: tuple[torch.device, torch.dtype] | None = getattr(self.network, "placement", None)
+        if said is not None:
+            return said
+        parameters = (p for p in self.network.parameters() if p.is_floating_point())
+        first = next(parameters, None)
+        return None if first is None else (first.device, first.dtype)
 
 
 def _as_tensor(value: Any) -> Any:

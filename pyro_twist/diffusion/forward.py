@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,20 +51,23 @@ def noise_level(scheduler: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         that shape. Fractional timesteps interpolate :math:`\sigma / \alpha`, as schedulers do.
     """
     if is_flow_matching(scheduler):
-        total = scheduler.config.num_train_timesteps
-        return lambda timestep: (1 - timestep.double() / total, timestep.double() / total)
+        return partial(_linear_level, scheduler.config.num_train_timesteps)
     bars = scheduler.alphas_cumprod.double()
-    ratios = ((1 - bars) / bars).sqrt()
+    return partial(_table_level, bars, ((1 - bars) / bars).sqrt())
 
-    def level(timestep: Tensor) -> tuple[Tensor, Tensor]:
-        time = timestep.double()
-        low, high = time.floor().long(), time.ceil().long()
-        table, ratio = bars.to(time.device), ratios.to(time.device)
-        between = torch.lerp(ratio[low], ratio[high], time - low)
-        bar = torch.where(low == high, table[low], 1 / (1 + between**2))
-        return bar.sqrt(), (1 - bar).sqrt()
 
-    return level
+# functions of the module, so that what holds them can be pickled
+def _linear_level(total: int, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    return 1 - timestep.double() / total, timestep.double() / total
+
+
+def _table_level(bars: Tensor, ratios: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    time = timestep.double()
+    low, high = time.floor().long(), time.ceil().long()
+    table, ratio = bars.to(time.device), ratios.to(time.device)
+    between = torch.lerp(ratio[low], ratio[high], time - low)
+    bar = torch.where(low == high, table[low], 1 / (1 + between**2))
+    return bar.sqrt(), (1 - bar).sqrt()
 
 
 def x0_from(kind: str, alpha: float, sigma: float) -> tuple[float, float]:

@@ -11,7 +11,10 @@ import torch
 
 from pyro_twist.infer.trustregiontwist import TrustRegionTwist
 
-__all__ = ["ControlledSMC"]
+__all__ = ["ControlledSMC", "too_large"]
+
+# entries of a state, for a quadratic with cross terms
+_MOST = 64
 
 
 class ControlledSMC(TrustRegionTwist):
@@ -62,18 +65,23 @@ class ControlledSMC(TrustRegionTwist):
         super().__init__(model, guide, num_particles, max_plate_nesting, **options)
 
 
+def too_large(model: Any) -> bool:
+    """
+    Whether a model's states are not the numbers and vectors that a quadratic twist is for.
+
+    :param model: The model.
+    """
+    shape = torch.Size(getattr(model, "event_shape", ()))
+    return hasattr(model, "mask_token_id") or len(shape) > 1 or shape.numel() > _MOST
+
+
 def _backward(model: Any) -> Any:
     from pyro_twist.twists.backward import BackwardTwist
 
-    shape = tuple(getattr(model, "event_shape", ()))
-    if hasattr(model, "mask_token_id") or len(shape) > 1:
+    if too_large(model):
         raise ValueError(
-            f"{type(model).__name__} has states of shape {shape}; ControlledSMC is for normal "
-            "kernels of numbers and vectors. Try TrustRegionTwist."
-        )
-    if torch.Size(shape).numel() > 64:
-        raise ValueError(
-            f"{type(model).__name__} has {torch.Size(shape).numel()} dimensions, too many for a "
-            "quadratic with cross terms; try TrustRegionTwist."
+            f"{type(model).__name__} has states of shape {tuple(model.event_shape)}; ControlledSMC "
+            f"is for normal kernels of numbers and of vectors of at most {_MOST} entries. Try "
+            "TrustRegionTwist."
         )
     return BackwardTwist(model)

@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_twist.infer import weights
+from pyro_twist import weights
 from pyro_twist.infer.increments import latent_sites
 from pyro_twist.infer.nested import check_whole
 from pyro_twist.infer.particles import take_ancestors
@@ -143,7 +143,7 @@ class ParticleGibbs(TwistedSMC):
         return {name: take_ancestors(value, drawn, axis) for name, value in samples.items()}
 
     def _one_of(self, probs: Tensor) -> Tensor:
-        """A particle of each population, by its probability, of shape ``()`` or the populations'."""
+        """A particle of each population, by its probability, of the populations' shape."""
         generator = self._generator()
         columns = probs.reshape(len(probs), -1).T.to(generator.device)
         drawn = torch.multinomial(columns, 1, generator=generator)
@@ -255,7 +255,7 @@ def _check(
 
 
 def _check_trajectory(trace: poutine.Trace) -> None:
-    """Refuses latents beside the trajectory, of which the model's kernel is not the whole future."""
+    """Refuses latents beside the trajectory: the kernel is then not all that follows."""
     for name, _ in latent_sites(trace, given=True):
         if not (name.startswith("x_") and name[2:].isdigit()):
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyro_twist.infer import weights
+from pyro_twist import weights
 from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.resampling import get_resampling
 

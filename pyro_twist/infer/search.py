@@ -20,7 +20,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_twist.infer import weights
+from pyro_twist import weights
 from pyro_twist.infer.increments import Increment, sample_sites
 from pyro_twist.infer.nested import check_groups, check_whole, draw_within
 from pyro_twist.infer.particles import take_ancestors

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyro_twist.infer import weights
+from pyro_twist import weights
 
 __all__ = ["Tempering", "dual_temper", "kl_divergence", "temper", "tempered"]
 

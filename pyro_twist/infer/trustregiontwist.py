@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from torch.nn.utils import parameters_to_vector
 
-from pyro_twist.infer import weights
+from pyro_twist import weights
 from pyro_twist.infer.increments import Increment, latent_sites, sample_sites
 from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.result import SMCResult

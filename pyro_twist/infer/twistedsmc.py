@@ -22,7 +22,7 @@ from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _PYRO_STACK, get_plates
 
-from pyro_twist.infer import weights
+from pyro_twist import weights
 from pyro_twist.infer.increments import (
     Increment,
     LogProbReducer,
@@ -573,7 +573,8 @@ def _check_resample_at(times: Any, model: Any) -> frozenset[int] | None:
     if times is None:
         return None
     timesteps = tuple(getattr(model, "timesteps", ()))
-    if isinstance(times, str) or not isinstance(times, Collection) or set(times) - set(timesteps):
+    listed = isinstance(times, Collection) and not isinstance(times, str)
+    if not listed or any(time not in timesteps for time in times):
         raise ValueError(
             f"resample_at={times!r}; give a collection of states of the model, whose timesteps are "
             f"{timesteps[:1]} to {timesteps[-1:]}; for never, resampling='none'"

@@ -30,11 +30,13 @@ from pyro_twist.rewards.molecules import (
 )
 from pyro_twist.rewards.preference import (
     Aesthetic,
+    CLIPReward,
     CLIPScore,
     Ensemble,
     HPSv2,
     ImageReward,
     ImageRewardNetwork,
+    ImageScore,
     PickScore,
     PreferenceReward,
     Preprocessing,
@@ -69,12 +71,14 @@ from pyro_twist.rewards.tilted import RewardTilted, Tilted, log_potential
 
 __all__ = [
     "Aesthetic",
+    "CLIPReward",
     "CLIPScore",
     "CausalLMReward",
     "Ensemble",
     "HPSv2",
     "ImageReward",
     "ImageRewardNetwork",
+    "ImageScore",
     "PickScore",
     "PreferenceReward",
     "Preprocessing",

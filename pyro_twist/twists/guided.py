@@ -26,7 +26,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_twist.rewards.tilted import log_potential
+from pyro_twist.potential import log_potential, rewards_of
 from pyro_twist.twists.learned import is_normal, loc_scale
 from pyro_twist.twists.tempering import TemperedLookahead, Tempering
 from pyro_twist.twists.tilting import tilt
@@ -526,7 +526,10 @@ def guided(model: Any, twist: Twist) -> GuidedModel:
 
 
 def _at(strength: Strength, t: int) -> float:
-    return float(strength(t)) if callable(strength) else float(strength)
+    value = strength(t) if callable(strength) else strength
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"strength({t}) is {value!r}; return a finite number")
+    return float(value)
 
 
 def _per_sample(value: Any, like: Tensor, event_dim: int) -> Any:
@@ -561,19 +564,9 @@ def _response(model: Any, t: int, variance: float) -> float:
     return alpha * variance / (alpha**2 * variance + sigma**2)
 
 
-def _rewards(model: Any) -> Iterator[tuple[str, Any]]:
-    """The rewards of a model and of those that it is built around, by name."""
-    inner = model
-    while inner is not None:
-        for name, reward in getattr(inner, "__dict__", {}).get("rewards", {}).items():
-            for one in getattr(reward, "rewards", [reward]):
-                yield name, one
-        inner = getattr(inner, "__dict__", {}).get("model")
-
-
 def _chunk_size(model: Any) -> int | None:
     """The smallest chunk of denoiser, decoder and rewards."""
-    parts = [getattr(model, "denoiser", None), *(reward for _, reward in _rewards(model))]
+    parts = [getattr(model, "denoiser", None), *(reward for _, reward in rewards_of(model))]
     sizes = [getattr(part, "chunk_size", None) for part in parts]
     return min((size for size in sizes if size is not None), default=None)
 
@@ -659,7 +652,7 @@ def _check_continuous(model: Any, name: str) -> None:
 
 
 def _check_differentiable(model: Any, name: str) -> None:
-    found = list(_rewards(model))
+    found = list(rewards_of(model))
     if found and all(getattr(one, "differentiable", None) is False for _, one in found):
         told = ", ".join(repr(str(getattr(one, "name", key))) for key, one in found)
         raise ValueError(
@@ -686,5 +679,5 @@ def _check_strength(strength: Any, cap: Any) -> None:
     number = isinstance(strength, (int, float)) and math.isfinite(strength)
     if not number and not callable(strength):
         raise ValueError(f"strength={strength!r}; give a number, or a function of the time index")
-    if cap is not None and not 0 < cap < math.inf:
+    if cap is not None and not (isinstance(cap, (int, float)) and 0 < cap < math.inf):
         raise ValueError(f"cap={cap!r}; give a positive number of standard deviations, or None")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_twist.twists.completions import Completions
 from pyro_twist.twists.lookahead import LookaheadTwist, _floored
+from pyro_twist.weights import effective_sample_size
 
 __all__ = [
     "AdaptiveTempering",
@@ -57,9 +58,9 @@ class AdaptiveTempering:
     at_most: str | Sequence[float] | Callable[[int], float] = "geometric"
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
+        if not (isinstance(self.share, float) and 0 < self.share < 1):
             raise ValueError(
-                f"share={self.share}; give the share of the effective sample size that a step "
+                f"share={self.share!r}; give the share of the effective sample size that a step "
                 "leaves, more than 0 and less than 1, such as 0.9"
             )
 
@@ -175,7 +176,6 @@ def next_temperature(
     :returns: Of the shape of ``low``; ``low`` where any change costs more than that.
     :rtype: Tensor
     """
-    from pyro_twist.infer.weights import effective_sample_size
 
     def kept(value: Tensor) -> Tensor:
         return effective_sample_size(log_weights + value * slope - offset) >= target

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from pyro import poutine
 
 from pyro_twist import compare, zoo
 from pyro_twist.algorithms import Algorithm, Estimate, Scored, Setting, algorithms
 from pyro_twist.algorithms.compare import FIGURES
-from pyro_twist.diffusion import GaussianDenoiser, GaussianDiffusion
+from pyro_twist.diffusion import GaussianDenoiser, GaussianDiffusion, RewardCorrector
 from pyro_twist.infer import ImportanceSampling, SMCResult
-from pyro_twist.rewards import Reward, RewardTilted
+from pyro_twist.rewards import Reward, RewardError, RewardTilted, Tilted
 from tests.algorithms.page import PAGE, table
 from tests.oracles import LinearGaussianChain, MaskedChain
 from tests.statistics import FIVE_SIGMA
@@ -43,7 +47,7 @@ def masked_model() -> RewardTilted:
 
 
 @pytest.mark.parametrize("make", [vector_model, masked_model, LinearGaussianChain])
-@pytest.mark.parametrize("budget", [1, 2, 7, 16])
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 7, 16])
 def test_every_algorithm_runs_on_any_budget(make: Any, budget: int) -> None:
     """The same result type, the same counters, and no more evaluations than the budget has."""
     model = make()
@@ -51,11 +55,136 @@ def test_every_algorithm_runs_on_any_budget(make: Any, budget: int) -> None:
         setting = Setting(Scored(model), budget, seed=0)
         result = one.make(setting).run()
         assert isinstance(result, SMCResult), name
-        assert result.counts["denoiser"] <= max(budget, 2) * len(model.timesteps), name
+        assert result.counts["denoiser"] <= budget * len(model.timesteps), name
         if one.returns == "a maximiser":
             assert result.kind == "maximiser" and result.log_normalizer.isnan(), name
         elif one.tilted:
             assert result.kind == "tilted law" and result.log_normalizer.isfinite(), name
+
+
+@pytest.mark.parametrize(
+    ("budget", "children", "used"), [(1, 1, 1), (4, 2, 4), (7, 3, 6), (16, 4, 16)]
+)
+def test_there_are_children_on_any_budget(budget: int, children: int, used: int) -> None:
+    """A prime number of trajectories has no other divisors; one is then left over."""
+    for name in ("nested", "nested-adapted", "svdd", "code"):
+        made: Any = algorithms()[name].make(Setting(Scored(vector_model()), budget, seed=0))
+        assert (made.num_children, made.num_particles) == (children, used), name
+
+
+def several(state: Any, x0: torch.Tensor) -> None:
+    """A likelihood with a plate of its own."""
+    with pyro.plate("measured", 3, dim=-1), poutine.scale(scale=0.5):
+        pyro.sample("y", dist.Normal(x0[..., 0], 0.5), obs=torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_plates_inside_the_potential() -> None:
+    """Likelihoods instead of rewards: the score is the sum over the plate, scaled."""
+    model = Tilted(vector_model().model, several)
+    result = ImportanceSampling(Scored(model), 5, 1, seed=0).run()
+    x = result.state["x"][..., 0].double()
+    data = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    expected = 0.5 * dist.Normal(x, 0.5).log_prob(data).sum(-1)
+    assert torch.allclose(result.state["objective"][:, 0], expected, atol=1e-5)
+    found = compare(model, budget=4, seeds=1, max_plate_nesting=1)
+    assert not any(row["failed"] for row in found.rows)
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "rows.jsonl", vector_model()
+    compare(model, "base", budget=4, seeds=1, path=path)
+    other = RewardTilted(model.model, model.rewards, 0.9, decode=False)
+    with pytest.raises(ValueError, match="rows of another model, .* 0.8"):
+        compare(other, "base", budget=4, seeds=1, path=path)
+    measures = {"twice": _twice}
+    with pytest.raises(ValueError, match="without the measure 'twice'"):
+        compare(model, "base", budget=4, seeds=1, path=path, measures=measures)
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in row.items() if k != "model"}) + "\n")
+    compare(model, "base", budget=4, seeds=1, path=path)
+    assert len(path.read_text().splitlines()) == 1  # rows of before there was a name are kept
+
+
+def test_half_a_line_is_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    compare(vector_model(), "base", budget=4, seeds=2, path=path)
+    whole = path.read_text()
+    path.write_text(whole + whole.splitlines()[0][:30])
+    found = compare(vector_model(), "base", budget=4, seeds=3, path=path)
+    assert len(found.rows) == 3 and len(path.read_text().splitlines()) == 3
+
+
+def test_the_global_stream_is_left_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    compare(vector_model(), "fk", budget=2, seeds=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_of_a_failure_it_is_known_where() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no connection")
+
+    model = RewardTilted(vector_model().model, broken, decode=False)
+    with pytest.raises(RewardError) as failure:
+        compare(model, ["fk"], budget=2, seeds=[7])
+    assert "in 'fk' with seed 7" in failure.value.__notes__[0]
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1)
+
+
+def test_everything_can_be_pickled() -> None:
+    """Inference objects of every algorithm, for other processes, and what they find."""
+    model = RewardTilted(vector_model().model, _sum, decode=False)
+    for name, one in algorithms(model).items():
+        made = one.make(Setting(Scored(model), 4, seed=0))
+        copy = pickle.loads(pickle.dumps(made))
+        assert torch.equal(copy.run().state["x"], made.run().state["x"]), name
+    found = compare(model, ["fk", "svdd"], budget=2, seeds=1)
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+def test_a_maximiser_returns_its_first() -> None:
+    found = compare(vector_model(), ["best-of-n", "base"], budget=16, seeds=3)
+    best = found.values("best-of-n", "best")
+    assert found.values("best-of-n", "objective") == best
+    for seed, value in found.values("base", "objective").items():
+        assert value < best[seed]
+
+
+def test_the_mean_of_the_base_model_has_no_weights() -> None:
+    model = vector_model()
+    found = compare(model, ["base"], budget=8, seeds=[4])
+    state = ImportanceSampling(Scored(model), 8, seed=4).run().state
+    expected = float(state["objective"].mean())
+    assert found.values("base", "objective")[4] == pytest.approx(expected)
+
+
+def test_black_boxes_among_rewards_have_no_corrector() -> None:
+    rewards = {
+        "a": vector_model().rewards["reward"],
+        "b": Reward(lambda x: x[:, 0], differentiable=False),
+    }
+    model = RewardTilted(vector_model().model, rewards, decode=False)
+    with pytest.raises(ValueError, match="'b' is a black box"):
+        RewardCorrector(model)
+
+
+def test_what_an_algorithm_says_of_itself_is_checked() -> None:
+    with pytest.raises(ValueError, match="did you mean 'a maximiser'"):
+        replace(algorithms()["svdd"], returns="a maximizer")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="did you mean 'gradient'"):
+        replace(algorithms()["svdd"], needs=("gradients",))  # type: ignore[arg-type]
+
+
+def test_unknown_figures() -> None:
+    found = compare(vector_model(), "base", budget=2, seeds=1)
+    with pytest.raises(ValueError, match="no figure 'log_z'"):
+        found.estimate("base", "log_z")
+    with pytest.raises(ValueError, match="no algorithm 'fk'"):
+        found.estimate("fk", "ess")
 
 
 def test_what_fits_a_model() -> None:
@@ -177,11 +306,23 @@ def test_plot() -> None:
         ({"budget": 0}, "budget=0"),
         ({"seeds": 0}, "seeds=0"),
         ({"seeds": ["a"]}, "seeds="),
+        ({"seeds": [True]}, "seeds="),
+        ({"algorithms": ["fk", "fk"]}, "'fk' is there twice"),
+        ({"measures": {"a": 3}}, "measure 'a' is 3"),
+        ({"measures": {"a": lambda state: state["x"]}}, r"returned \(16, 2\) for 16 particles"),
+        ({"measures": {"a": lambda state: 1.0}}, "returned float"),
     ],
 )
 def test_options(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         compare(vector_model(), **options)
+
+
+def test_models_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="GaussianDiffusion has no reward"):
+        compare(vector_model().model, ["fk"])
+    with pytest.raises(ValueError, match="the plate 'pair'; name it population_plate"):
+        compare(vector_model(plate=("pair", 2)), ["fk"], max_plate_nesting=1)
 
 
 def test_black_boxes_have_no_gradient() -> None:

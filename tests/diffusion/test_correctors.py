@@ -405,6 +405,8 @@ def test_marginals_run_in_an_engine() -> None:
         (lambda base: RewardCorrector(base), "no factors on its end"),
         (lambda base: RewardCorrector(tilt(MixtureOfModels([base, base]))), "MixtureOfModels"),
         (lambda base: RewardCorrector(tilt(base), -1.0), "strength=-1.0"),
+        (lambda base: RewardCorrector(tilt(base), "half"), "strength='half'"),
+        (lambda base: RewardCorrector(tilt(base), ramp=0.5), "ramp=0.5"),
         (lambda base: RewardCorrector(tilt(base), at="end"), "at='end'"),
         (lambda base: RewardCorrector(tilt(base), laplacian=0), "laplacian=0"),
         (lambda base: RewardCorrector(tilt(base), laplacian="some"), "laplacian='some'"),

@@ -8,12 +8,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
+from pyro_twist.diffusion import GaussianDenoiser, GaussianDiffusion
 from pyro_twist.infer import ParticleGibbs, TwistedSMC
+from pyro_twist.latents import WithLatents
 from pyro_twist.rewards import RewardTilted
-from pyro_twist.twists import LookaheadTwist
+from pyro_twist.twists import ChildrenTwist, LookaheadTwist
 from tests.oracles import ExactTwist, LinearGaussianChain, MaskedChain
 from tests.statistics import FIVE_SIGMA, assert_frequencies, assert_unbiased
 
@@ -48,14 +53,17 @@ def test_the_law_of_paths_is_invariant(sampling: bool, threshold: float, looking
         assert abs(float(values.mean()) - mean) < FIVE_SIGMA * error
 
 
+@pytest.mark.parametrize("children", [False, True])
 @pytest.mark.parametrize("sampling", [False, True])
-def test_masked_sequences(sampling: bool) -> None:
-    """PG-DLM: the whole law of x_0, chi-square at rate 1e-6, after six passes of three."""
+def test_masked_sequences(sampling: bool, children: bool) -> None:
+    """PG-DLM: the whole law of x_0, chi-square at rate 1e-6, after twelve passes of four."""
     chain = MaskedChain(plate=("replicates", REPLICATES), num_inference_steps=2)
     model = RewardTilted(chain.diffusion, chain.reward, decode=False)
+    guide: Any = LookaheadTwist(model)
+    guide = guide + ChildrenTwist(model, 3) if children else guide
     gibbs = ParticleGibbs(
         model,
-        LookaheadTwist(model),
+        guide,
         4,
         num_iterations=12,
         ancestor_sampling=sampling,
@@ -66,6 +74,82 @@ def test_masked_sequences(sampling: bool) -> None:
     assert_frequencies(torch.bincount(drawn, minlength=chain.size), chain.tilted)
 
 
+def test_the_children_of_the_path_that_is_kept() -> None:
+    """
+    A proposal that draws more than its value: the path kept is among its draws, and weighed as
+    such. From exact paths, two particles with strong children, the mean reward at rate 1e-6.
+    """
+    chain = MaskedChain(plate=("replicates", REPLICATES), num_inference_steps=2)
+    model = RewardTilted(chain.diffusion, chain.reward, decode=False)
+    free = ParticleGibbs(model, None, 64, num_iterations=1, **COMMON)
+    free.run()
+    start = {name: value.clone() for name, value in free.kept.items()}
+    twist = ChildrenTwist(model, 4, strength=2.0)
+    gibbs = ParticleGibbs(model, twist, 2, num_iterations=4, **COMMON)
+    gibbs._stream.restart()
+    gibbs.kept = start
+    gibbs.resume()
+    values = chain.rewards.reshape(-1)[chain.index(gibbs.kept["x_0"][0])].double()
+    error = float(values.std()) / math.sqrt(REPLICATES)
+    expected = float((chain.tilted * chain.rewards).sum())
+    assert abs(float(values.mean()) - expected) < FIVE_SIGMA * error
+
+
+def steep(**options: Any) -> RewardTilted:
+    """A diffusion of vectors, whose last step has no noise."""
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    denoiser = GaussianDenoiser(torch.zeros(2), 1.0, scheduler)
+    diffusion = GaussianDiffusion(denoiser, scheduler, (2,), num_inference_steps=4, **options)
+    return RewardTilted(diffusion, lambda x: x.sum(-1), decode=False)
+
+
+def test_ancestors_of_a_value_without_noise() -> None:
+    """Rounded otherwise, such as by another batch, it fits no past, and keeps its own."""
+    model = steep()
+    options: dict[str, Any] = {"ancestor_sampling": True, "seed": 0, "ess_threshold": 1.0}
+    gibbs = ParticleGibbs(model, LookaheadTwist(model), 4, num_iterations=1, **options)
+    gibbs.run()
+    gibbs.kept["x_0"] = gibbs.kept["x_0"] + 1e-6
+    gibbs.num_iterations = 2
+    assert gibbs.resume().log_weights.isfinite().all()
+
+
+def test_ancestors_with_a_plate_inside() -> None:
+    """Its entries are summed over, as in the weights."""
+    model = steep(plate=("pair", 3))
+    options: dict[str, Any] = {"ancestor_sampling": True, "seed": 0, "ess_threshold": 1.0}
+    gibbs = ParticleGibbs(model, LookaheadTwist(model), 4, 1, num_iterations=3, **options)
+    assert gibbs.run().log_weights.shape == (12,)
+
+
+def test_ancestors_need_a_trajectory_alone() -> None:
+    model = RewardTilted(
+        WithLatents(steep().model, lambda: {"strength": pyro.sample("s", dist.Normal(1.0, 0.1))}),
+        lambda x: x.sum(-1),
+        "strength",
+        decode=False,
+    )
+    gibbs = ParticleGibbs(model, None, 4, ancestor_sampling=True, seed=0)
+    with pytest.raises(ValueError, match="draws 's' beside its trajectory"):
+        gibbs.run()
+    assert ParticleGibbs(model, None, 4, seed=0).run().log_weights.isfinite().all()
+
+
+def test_latents_beside_the_trajectory_are_kept() -> None:
+    model = RewardTilted(
+        WithLatents(steep().model, lambda: {"strength": pyro.sample("s", dist.Normal(1.0, 0.1))}),
+        lambda x: x.sum(-1),
+        "strength",
+        decode=False,
+    )
+    gibbs = ParticleGibbs(model, None, 4, num_iterations=1, seed=0)
+    gibbs.run()
+    kept = gibbs.kept["s"].clone()
+    gibbs.num_iterations = 2
+    gibbs.resume()
+    assert (gibbs.passes[1].samples or {})["s"][0] == kept
+
+
 def test_the_first_pass_alone_estimates_the_normalizer() -> None:
     model = LinearGaussianChain(num_steps=3, replicates=3000)
     gibbs = ParticleGibbs(model, None, 4, num_iterations=2, **COMMON)
@@ -73,6 +157,15 @@ def test_the_first_pass_alone_estimates_the_normalizer() -> None:
     assert_unbiased(result.log_normalizer, model.log_normalizer)
     mean = result.log_weights.logsumexp(0) - math.log(result.num_particles)
     assert torch.allclose(mean, result.log_normalizer)
+
+
+def test_burn_in_is_left_out_but_counted() -> None:
+    model = LinearGaussianChain(num_steps=3)
+    gibbs = ParticleGibbs(model, None, 5, num_iterations=3, burn_in=1, seed=0)
+    result = gibbs.run()
+    last = torch.cat([one.state["x"] for one in gibbs.passes[1:]])
+    assert torch.equal(result.state["x"], last)
+    assert result.counts["denoiser"] == 3 * 5 * 3
 
 
 def test_particle_zero_follows_the_path_that_was_kept() -> None:
@@ -116,6 +209,7 @@ def test_a_run_goes_on_after_a_failure() -> None:
     [
         ({"num_particles": 1}, "num_particles=1"),
         ({"num_iterations": 0}, "num_iterations=0"),
+        ({"num_iterations": True}, "num_iterations=True"),
         ({"burn_in": 4}, "burn_in=4"),
         ({"resampling": "systematic"}, "resampling='systematic'"),
         ({"history": "off"}, "keeps paths"),

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pyro
 import pytest
 import torch
+from pyro import poutine
 
 from pyro_twist.infer import NestedSMC, TwistedSMC
 from pyro_twist.infer.nested import draw_within
@@ -39,6 +42,19 @@ def test_law_and_normalizer(adapted: bool, threshold: float, children: int) -> N
     )
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_many_parents_that_are_resampled_a_lot(adapted: bool) -> None:
+    """The child of a copy is one of its own parent's, by its weight; rate 1e-6 each."""
+    model = LinearGaussianChain(replicates=REPLICATES, k=0.7)
+    options = {"num_children": 2, "fully_adapted": adapted, "ess_threshold": 1.0}
+    options |= {"num_particles": 16, "resampling": "multinomial"}
+    result = run(model, LookaheadTwist(model), **options)
+    assert_unbiased(result.log_normalizer, model.log_normalizer)
+    assert_tilted_mean(
+        result.log_normalizer, result.expectation("x"), model.log_normalizer, model.tilted_mean
+    )
+
+
 def test_leaving_the_mean_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children chosen without a weight for their parent: what the tests above must not pass."""
     model = LinearGaussianChain(replicates=REPLICATES)
@@ -50,6 +66,48 @@ def test_leaving_the_mean_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
         assert_tilted_mean(
             result.log_normalizer, result.expectation("x"), model.log_normalizer, model.tilted_mean
         )
+
+
+@pytest.mark.parametrize("options", [{"resampling": "none"}, {"resample_at": [6]}])
+def test_parents_are_kept_where_nothing_is_resampled(options: dict[str, Any]) -> None:
+    """Children are chosen all the same, and the normaliser is right; rate 1e-6."""
+    model = LinearGaussianChain(num_steps=6, replicates=REPLICATES)
+    result = run(model, LookaheadTwist(model), ess_threshold=1.0, **options)
+    assert_unbiased(result.log_normalizer, model.log_normalizer)
+    resampled = result.diagnostics.resampled
+    assert not resampled[1:].any()
+    parents = result.diagnostics.ancestors[1:-1] // 4
+    assert (parents == torch.arange(2).repeat_interleave(4)[:, None]).all()
+
+
+def test_a_parent_whose_children_are_all_impossible() -> None:
+    """It has no weight from then on, and the normaliser is right; rate 1e-6."""
+
+    class Narrow(LinearGaussianChain):
+        def step(self, state: Any, t: int) -> None:
+            super().step(state, t)
+            if t == 3:
+                with poutine.block():
+                    plate = pyro.plate("replicates", REPLICATES, dim=-1)
+                with plate:
+                    pyro.factor("above", torch.where(state["x"] > 0, 0.0, -torch.inf))
+
+    for adapted in (False, True):
+        for threshold in (0.0, 1.0):
+            model = Narrow(num_steps=4, k=0.0, replicates=REPLICATES)
+            options = {"fully_adapted": adapted, "ess_threshold": threshold, "num_particles": 32}
+            result = run(model, None, num_children=2, **options)
+            assert_unbiased(result.log_normalizer, math.log(0.5))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_adapted_copies_of_a_parent_may_part(adapted: bool) -> None:
+    model = LinearGaussianChain(num_steps=4, replicates=200)
+    options = {"num_children": 2, "fully_adapted": adapted, "ess_threshold": 1.0}
+    ancestors = run(model, LookaheadTwist(model), **options).diagnostics.ancestors[0]
+    same_parent = ancestors[::2].diff(dim=0) // 2 == 0
+    apart = (ancestors[::2].diff(dim=0) == 1) & (ancestors[:-2:2] % 2 == 0)
+    assert same_parent.any() and apart.any() == adapted
 
 
 def test_exact_twist_has_no_variance() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_twist.infer import RESAMPLING, get_resampling
-from pyro_twist.infer.weights import effective_sample_size, weighted_mean
+from pyro_twist.weights import effective_sample_size, weighted_mean
 from tests.statistics import FIVE_SIGMA
 
 SCHEMES = sorted(RESAMPLING)

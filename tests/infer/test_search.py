@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_twist.infer import SVDD, BeamSearch, BestOfN, BlockSearch
-from pyro_twist.twists import LookaheadTwist
+from pyro_twist.infer import SVDD, BeamSearch, BestOfN, BlockSearch, NestedSMC
+from pyro_twist.twists import LookaheadTwist, Twist
 from tests.oracles import LinearGaussianChain
 from tests.statistics import FIVE_SIGMA
 
@@ -85,6 +87,101 @@ def test_guides_may_propose_and_score() -> None:
     assert search.state["x"].shape == (1,)
 
 
+class Drift(Twist):
+    """Look-ahead with proposals that are far from the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.look = LookaheadTwist(model)
+
+    def get_posterior(self, name: str, prior: Any) -> Any:
+        return dist.Normal(prior.mean + 3.0 * prior.stddev, prior.stddev)
+
+    def log_twist(self, state: Any, t: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return self.look.log_twist(state, t, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [SVDD, BlockSearch, BeamSearch])
+def test_proposals_do_not_count_against_a_particle(kind: Any) -> None:
+    """The order is that of the reward, however unlikely under the model the path was."""
+    model = LinearGaussianChain(num_steps=6, replicates=50)
+    options: dict[str, Any] = {"keep": 16, "width": 4} if kind is BeamSearch else {}
+    result = kind(model, Drift(model), 16, **COMMON, **options).run()
+    assert (result.state["x"].diff(dim=0) <= 0).all()
+    plain = kind(model, None, 16, **COMMON, **options).run()
+    assert float(result.state["x"][0].mean()) > float(plain.state["x"][0].mean()) + 3
+
+
+def test_a_search_estimates_no_normaliser() -> None:
+    search = SVDD(LinearGaussianChain(num_steps=3), None, 8, seed=0)
+    result = search.run()
+    assert search.get_log_normalizer().isnan()
+    assert result.diagnostics is not None and result.diagnostics.log_normalizer.isnan().all()
+
+
+class Forbidding(LinearGaussianChain):
+    """What ends below zero is impossible."""
+
+    def step(self, state: Any, t: int) -> None:
+        super().step(state, t)
+        if t == 1:
+            pyro.factor("positive", torch.where(state["x"] > 0, 0.0, -math.inf))
+
+
+@pytest.mark.parametrize("kind", [BlockSearch, BeamSearch])
+def test_what_is_impossible_has_no_weight(kind: Any) -> None:
+    """A whole group may end in what the model forbids; it comes last, without weight."""
+    options: dict[str, Any] = {"keep": 8, "width": 16} if kind is BeamSearch else {}
+    options |= {} if kind is BeamSearch else {"num_children": 2, "block_size": 9}
+    result = kind(Forbidding(num_steps=2), None, 16, seed=1, **options).run()
+    alive = result.state["x"] > 0
+    assert alive[0] and torch.equal(result.log_weights == 0, alive)
+    assert kind is BeamSearch or not alive.all()
+
+
+class Mortal(LinearGaussianChain):
+    """What is below a bound at state 3 is impossible from then on."""
+
+    def step(self, state: Any, t: int) -> None:
+        super().step(state, t)
+        if t == 4:
+            pyro.factor("alive", torch.where(state["x"] > 1.0, 0.0, -math.inf))
+
+
+def test_a_beam_drops_the_dead() -> None:
+    search = BeamSearch(Mortal(num_steps=6), None, 16, width=16, keep=16, seed=0)
+    result = search.run()
+    assert result.diagnostics is not None
+    assert (result.log_weights == 0).all(), "the dead of the step after were copied"
+
+
+def test_a_search_needs_something_to_select_by() -> None:
+    class Proposal:
+        def init(self, state: Any) -> None: ...
+
+        def step(self, state: Any, t: int) -> None: ...
+
+    with pytest.raises(ValueError, match="Proposal has no log-twist at x_5"):
+        SVDD(LinearGaussianChain(num_steps=6), Proposal(), 8, seed=0).run()
+
+
+def test_a_run_goes_on_after_a_failure() -> None:
+    """Nested SMC and searches: the same particles as without it, also from a saved state."""
+    for kind in (NestedSMC, SVDD, BeamSearch):
+        whole = kind(LinearGaussianChain(num_steps=4), _looking(), 8, seed=3).run()
+        first = kind(LinearGaussianChain(num_steps=4), _looking(), 8, seed=3)
+        first.init()
+        first._move("step", (4,), {})
+        second = kind(LinearGaussianChain(num_steps=4), _looking(), 8, seed=3)
+        second.load_state_dict(first.state_dict())
+        for engine in (first, second):
+            assert torch.equal(engine.resume().state["x"], whole.state["x"]), kind
+
+
+def _looking() -> LookaheadTwist:
+    return LookaheadTwist(LinearGaussianChain(num_steps=4))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "match"),
     [
@@ -95,9 +192,12 @@ def test_guides_may_propose_and_score() -> None:
         (BeamSearch, {"width": lambda t: 0}, "at state 6"),
         (BeamSearch, {"keep": 20}, "keep=20"),
         (BeamSearch, {"every": 0}, "every=0"),
+        (BeamSearch, {"num_particles": "16"}, "num_particles='16'"),
+        (BeamSearch, {"width": (1, 2, 3)}, r"width=\(1, 2, 3\)"),
+        (BlockSearch, {"num_particles": "16"}, "num_particles='16'"),
         (SVDD, {"resampling": "systematic"}, "selects by its own rule"),
     ],
 )
 def test_options(kind: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        kind(LinearGaussianChain(num_steps=6), None, 16, **options)
+        kind(LinearGaussianChain(num_steps=6), None, **{"num_particles": 16, **options})

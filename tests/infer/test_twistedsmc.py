@@ -733,3 +733,19 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_warnings_on_resampling_generator_device() -> None:
     generator = torch.Generator(device="cpu")
     run(LinearGaussianChain(2), None, generator=generator, ess_threshold=1.0)
+
+
+def test_resampling_at_some_states_only() -> None:
+    """At those and no others, with an estimate that is right; rate 1e-6."""
+    model = LinearGaussianChain(num_steps=5, replicates=3000)
+    options: dict[str, Any] = {"population_plate": "replicates", "ess_threshold": 1.0, "seed": 0}
+    result = TwistedSMC(model, LookaheadTwist(model), 4, 1, resample_at=[4, 1], **options).run()
+    assert result.diagnostics is not None
+    assert result.diagnostics.resampled.any(1).tolist() == [t in (4, 1) for t in range(5, -1, -1)]
+    assert_unbiased(result.log_normalizer, model.log_normalizer)
+
+
+@pytest.mark.parametrize("times", [3, "4", [0], [6], [[1]]])
+def test_states_to_resample_at(times: Any) -> None:
+    with pytest.raises(ValueError, match="resample_at"):
+        TwistedSMC(LinearGaussianChain(num_steps=5), None, 4, resample_at=times)

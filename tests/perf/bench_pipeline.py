@@ -381,6 +381,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Runs the cases, prints them as a table, and writes JSON."""
     given = options()
+    torch.set_num_threads(given.threads)
     names = [given.pipeline] if given.pipeline else (given.cases or ",".join(ON_CPU)).split(",")
     settings = {
         "device": given.device,
@@ -406,7 +407,7 @@ def main() -> None:
             f"{name:12} {row['rows']:5} {row['pipeline_ms']:7.1f} ms {row['ms']:7.1f} ms "
             f"{row['ratio']:.3f} {spread} "
             f"{row['pipeline_outside_ms']:5.1f} {row['outside_ms']:5.1f} "
-            f"{row['vae_share']:6.1%} {row['peak_mib']:6.0f} MiB",
+            f"{row['vae_share']:6.1%} {row['peak_mib']:6.0f} MiB  {row['device']}",
             flush=True,
         )
     given.out.parent.mkdir(parents=True, exist_ok=True)

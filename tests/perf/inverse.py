@@ -110,15 +110,7 @@ def quantile(values: Tensor, weights: Tensor, level: float) -> Tensor:
 
 
 def _weights(name: str, result: SMCResult) -> Tensor:
-    """As :func:`pyro_twist.compare` takes them: of a maximiser, the first particle is returned."""
-    algorithm = find_algorithm(name)
-    if not algorithm.tilted:
-        return torch.zeros_like(result.log_weights)
-    if algorithm.returns == "a maximiser":
-        alone = torch.full_like(result.log_weights, -torch.inf)
-        alone[0] = 0.0
-        return alone
-    return result.log_weights
+    return find_algorithm(name).log_weights(result)
 
 
 def run(job: Job) -> list[Row]:

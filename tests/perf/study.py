@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_twist.infer import ImportanceSampling, SMCFailed, SMCResult
-from pyro_twist.infer.weights import effective_sample_size
+from pyro_twist.weights import effective_sample_size
 from tests.perf.arms import LABELS, Arm
 from tests.perf.harness import Job, missing, read, run_all
 

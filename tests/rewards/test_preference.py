@@ -516,6 +516,16 @@ def test_a_run_with_one_prompt_per_population() -> None:
         assert torch.allclose(values[:, k], rewards[k](x[:, k].sigmoid()), atol=1e-5)
 
 
+def test_gradients_of_populations_are_taken_in_chunks() -> None:
+    """Else a gradient would hold the activations of all images at once."""
+    from pyro_twist.twists.guided import _chunk_size
+
+    base = Chain((3, 16, 16), plate=("prompts", 2))
+    reward = ensemble([make("pickscore", chunk_size=3), make("aesthetic", chunk_size=5)])
+    for one in (reward, per_prompt(reward, ["a boat", "a photo"])):
+        assert _chunk_size(RewardTilted(base, one)) == 3
+
+
 def test_rewards_without_prompts_are_refused() -> None:
     for reward in (make("aesthetic"), image_reward("red"), ensemble([make("aesthetic")])):
         with pytest.raises(ValueError, match="takes no prompt"):

@@ -637,3 +637,19 @@ def test_chunks_take_their_part_of_the_state() -> None:
         smc.init()
         gradients.append(smc.state["lookahead_gradient"])
     assert gradients[0].std() > 0 and torch.allclose(*gradients)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "a", None])
+def test_functions_of_strength_return_numbers(value: Any) -> None:
+    model = RewardTilted(gaussian((2,), torch.eye(2)), lambda x: x.sum(-1), decode=False)
+    twist = GradientTwist(model, strength=lambda t: value)
+    with pytest.raises(ValueError, match=r"strength\(\d+\) is .*; return a finite number"):
+        TwistedSMC(model, twist, 2, seed=0).run()
+
+
+@pytest.mark.parametrize("cap", ["a", 0, -1.0, math.nan])
+def test_caps(cap: Any) -> None:
+    with pytest.raises(ValueError, match="cap="):
+        GradientTwist(
+            RewardTilted(gaussian((2,), torch.eye(2)), lambda x: x.sum(-1), decode=False), cap=cap
+        )

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from pyro_twist.infer import TwistedSMC
-from pyro_twist.infer.weights import effective_sample_size
 from pyro_twist.rewards import RewardTilted
 from pyro_twist.twists import LookaheadTwist
 from pyro_twist.twists.guided import GradientTwist
@@ -23,6 +22,7 @@ from pyro_twist.twists.tempering import (
     next_temperature,
     temperatures,
 )
+from pyro_twist.weights import effective_sample_size
 from tests.statistics import assert_unbiased
 from tests.twists.steering import PLATE, REWARDS, check, sampled, tilted_law, vectors
 
@@ -201,3 +201,9 @@ def test_rare_looks_keep_the_temperature_of_the_last() -> None:
     model = vectors("linear")
     twist = TemperedLookahead(model, "adaptive", schedule={5, 2})
     check(sampled(model, twist), *tilted_law(model, "linear"))
+
+
+@pytest.mark.parametrize("share", [0, 1, 1.5, "a", math.nan])
+def test_shares(share: Any) -> None:
+    with pytest.raises(ValueError, match="share="):
+        AdaptiveTempering(share)

@@ -287,6 +287,13 @@ class PipelineDenoiser(torch.nn.Module):
         self.network = adapter.network
         self.adapter, self.learned = adapter, learned
 
+    @property
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in which type the network computes, also if it is kept elsewhere or smaller."""
+        first = next(p for p in self.network.parameters() if p.is_floating_point())
+        small = first.dtype.itemsize == 1
+        return latents.device_of(self.network), self.network.dtype if small else first.dtype
+
     def forward(self, x: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
         """
         The prediction, without a variance that the scheduler does not use.

@@ -136,11 +136,11 @@ def _find(pipe: Any) -> Callable[..., PipelineAdapter]:
 
 def _known(kind: Callable[..., Any], pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given, checked against the names that the kind has."""
-    names = [name for name in inspect.signature(kind).parameters if name not in ("pipe", "image")]
+    names = [name for name in inspect.signature(kind).parameters if name != "pipe"]
     given = {name: value for name, value in options.items() if value is not None}
-    if "image" not in inspect.signature(kind).parameters:
-        given.pop("image", None)
-    unknown = [name for name in given if name not in (*names, "image")]
+    if "image" not in names:
+        given.pop("image", None)  # for a start from it, which any kind may have
+    unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(
             f"{type(pipe).__name__} has no option {', '.join(map(repr, unknown))} here; it has "

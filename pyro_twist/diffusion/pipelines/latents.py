@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "device_of", "encode"]
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module computes, which is not where its weights are while it is offloaded."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return next(module.parameters()).device
+    return torch.device(device)
 
 
 def decode(vae: Any, x: Tensor, upcasts: bool) -> Tensor:
@@ -30,7 +38,7 @@ def decode(vae: Any, x: Tensor, upcasts: bool) -> Tensor:
     half = vae.dtype == torch.float16
     shift, scale = _affine(vae, x)
     with _in_float32(vae, upcasts and half and bool(vae.config.force_upcast)):
-        given = (x * scale + shift).to(vae.device, vae.dtype)
+        given = (x * scale + shift).to(device_of(vae), vae.dtype)
         images: Tensor = vae.decode(given, return_dict=False)[0]
     if half and not bool(torch.isfinite(images).all()):
         raise ValueError(
@@ -52,7 +60,7 @@ def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     :rtype: tuple
     """
     with _in_float32(vae, bool(vae.config.get("force_upcast", False))):
-        output = vae.encode(pixels.to(vae.device, vae.dtype))
+        output = vae.encode(pixels.to(device_of(vae), vae.dtype))
         law = getattr(output, "latent_dist", None)
         mean = (output.latents if law is None else law.mean).float()
         std = torch.zeros_like(mean) if law is None else law.std.float()

@@ -31,9 +31,10 @@ def choose_scheduler(own: Any, scheduler: Any, eta: float | None) -> Any:
             f"scheduler={scheduler!r}; give a diffusers scheduler, 'keep' for the pipeline's own, "
             "or nothing for one that is like it and stochastic"
         )
-    reason, replacement, said = _judge(own, eta)
-    if reason is None:
+    judged = _judge(own, eta)
+    if judged is None:
         return own
+    reason, replacement, said = judged
     name = type(own).__name__
     if scheduler == "keep":
         raise ValueError(
@@ -41,29 +42,30 @@ def choose_scheduler(own: Any, scheduler: Any, eta: float | None) -> Any:
             f"sample with {said}."
         )
     warnings.warn(
-        f"{name} is not used as it is, since {reason}. Sampling with {said}; give scheduler= or "
-        "eta= to choose yourself.",
+        f"{name} is not used as the pipeline uses it, since {reason}. Sampling with {said}; give "
+        "scheduler= or eta= to choose yourself.",
         UserWarning,
         stacklevel=4,
     )
     return replacement
 
 
-def _judge(own: Any, eta: float | None) -> tuple[str | None, Any, str]:
-    """Why the pipeline's scheduler cannot be used as the pipeline uses it, and what is instead."""
+def _judge(own: Any, eta: float | None) -> tuple[str, Any, str] | None:
+    """Why the pipeline's scheduler is not used as the pipeline uses it, and what is instead."""
     reason = refusal_reason(own)
+    strength = f"eta={1.0 if eta is None else eta:g}"
     if is_flow_matching(own):
-        said = "the stochastic process of the same marginals, eta=1"
+        said = f"the stochastic process of the same marginals, {strength}"
         if reason is not None:
             return reason, _made("FlowMatchEulerDiscreteScheduler", own), said
         if eta is None and _is_plain_flow(own):
             return "its step is deterministic", own, said
-        return None, own, ""
+        return None
     if reason is not None:
-        return reason, _ddim(own), "DDIM made from its config, eta=1"
+        return reason, _ddim(own), f"DDIM made from its config, {strength}"
     if eta is None and type(own).__name__.startswith("DDIM"):
-        return "the pipeline runs it with eta=0, which is deterministic", own, "eta=1"
-    return None, own, ""
+        return "the pipeline runs it with eta=0, which is deterministic", own, strength
+    return None
 
 
 def _is_plain_flow(own: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyro_twist.rewards.preference.base import ImageScore, PreferenceReward
 from pyro_twist.rewards.preference.blip import ImageReward, ImageRewardNetwork
-from pyro_twist.rewards.preference.clip import Aesthetic, CLIPScore, HPSv2, PickScore
+from pyro_twist.rewards.preference.clip import Aesthetic, CLIPReward, CLIPScore, HPSv2, PickScore
 from pyro_twist.rewards.preference.combine import Ensemble, ensemble, per_prompt
 from pyro_twist.rewards.preference.convert import convert_checkpoint
 from pyro_twist.rewards.preference.decoders import TinyDecoder
@@ -23,6 +23,7 @@ from pyro_twist.rewards.registry import RewardRegistry
 
 __all__ = [
     "Aesthetic",
+    "CLIPReward",
     "CLIPScore",
     "Ensemble",
     "HPSv2",

@@ -59,7 +59,7 @@ class PreferenceReward(ImageScore):
     :param str input: ``"tensor"``, differentiable, or ``"pil"``: samples are rounded to 8 bits and
         go through the processor that the network was published with, for the published number.
     :param bool rounds: Whether tensors are rounded wherever the processor rounds; see
-        :class:`~pyro_twist.rewards.preference.preprocess.Preprocessing`.
+        :class:`~pyro_twist.rewards.Preprocessing`.
     :param int chunk_size: The most images per call of the network.
     :param options: Further options of :class:`~pyro_twist.rewards.Reward`, such as ``cache``.
     :raises ValueError: If the prompt is not a string.

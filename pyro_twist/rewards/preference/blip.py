@@ -94,7 +94,7 @@ class ImageReward(PreferenceReward):
     :param str prompt: The prompt. Of more than 35 tokens the rest is cut off, with a warning.
     :param int max_length: The most tokens; published is 35.
     :param preprocessing: In place of what the published code does.
-    :param options: The options of :class:`~pyro_twist.rewards.preference.PreferenceReward`.
+    :param options: The options of :class:`~pyro_twist.rewards.PreferenceReward`.
 
     **References**
 

@@ -30,7 +30,7 @@ from pyro_twist.rewards.preference.loading import (
 )
 from pyro_twist.rewards.preference.preprocess import Preprocessing
 
-__all__ = ["Aesthetic", "CLIPScore", "HPSv2", "PickScore", "linear_head"]
+__all__ = ["Aesthetic", "CLIPReward", "CLIPScore", "HPSv2", "PickScore", "linear_head"]
 
 _CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _CLIP_L = "openai/clip-vit-large-patch14"
@@ -76,8 +76,16 @@ class _Towers:
         return normalised(self.model.text_projection(pooled))[0]
 
 
-class _ClipReward(PreferenceReward):
-    """A reward that needs CLIP's two towers."""
+class CLIPReward(PreferenceReward):
+    """
+    A reward that needs CLIP's two towers; see those that are derived from it.
+
+    :param model: A transformers ``CLIPModel`` in evaluation mode.
+    :param processor: Its ``CLIPProcessor``.
+    :param str prompt: The prompt.
+    :param preprocessing: In place of what the processor says.
+    :param options: The options of :class:`~pyro_twist.rewards.PreferenceReward`.
+    """
 
     default: str | None = None
     default_processor: str | None = None
@@ -137,7 +145,7 @@ class _ClipReward(PreferenceReward):
         return _processor_preprocessing(processor)
 
 
-class CLIPScore(_ClipReward):
+class CLIPScore(CLIPReward):
     """
     CLIPScore: ``weight * max(cosine, 0)`` between image and ``prefix + prompt`` [1].
 
@@ -149,7 +157,7 @@ class CLIPScore(_ClipReward):
     :param float weight: The paper's factor of 2.5; 100 is common as well.
     :param str prefix: What the paper puts in front of the prompt, which others leave out.
     :param preprocessing: In place of what the processor says.
-    :param options: The options of :class:`~pyro_twist.rewards.preference.PreferenceReward`.
+    :param options: The options of :class:`~pyro_twist.rewards.PreferenceReward`.
 
     Example::
 
@@ -182,7 +190,7 @@ class CLIPScore(_ClipReward):
         return self.weight * self.towers.cosine(pixels, f"{self.prefix}{self.prompt}").clamp_min(0)
 
 
-class PickScore(_ClipReward):
+class PickScore(CLIPReward):
     """
     PickScore: the cosine between image and prompt times the network's logit scale [1].
 
@@ -193,7 +201,7 @@ class PickScore(_ClipReward):
     :param processor: Its ``CLIPProcessor``.
     :param str prompt: The prompt. Of more than 77 tokens the rest is cut off, with a warning.
     :param preprocessing: In place of what the processor says.
-    :param options: The options of :class:`~pyro_twist.rewards.preference.PreferenceReward`.
+    :param options: The options of :class:`~pyro_twist.rewards.PreferenceReward`.
 
     **References**
 
@@ -211,7 +219,7 @@ class PickScore(_ClipReward):
         return cosine * self.towers.logit_scale().to(cosine)
 
 
-class HPSv2(_ClipReward):
+class HPSv2(CLIPReward):
     """
     Human Preference Score v2 and v2.1: the cosine between image and prompt, without a scale [1].
 
@@ -224,12 +232,12 @@ class HPSv2(_ClipReward):
     :param processor: Its tokenizer, or a processor with one.
     :param str prompt: The prompt. Of more than 77 tokens the rest is cut off, with a warning.
     :param preprocessing: In place of what the published code does.
-    :param options: The options of :class:`~pyro_twist.rewards.preference.PreferenceReward`.
+    :param options: The options of :class:`~pyro_twist.rewards.PreferenceReward`.
 
     **References**
 
-    [1] `Human Preference Score v2: A Solid Benchmark for Evaluating Human Preferences of
-        Text-to-Image Synthesis`
+    [1] `Human Preference Score v2`
+        A Solid Benchmark for Evaluating Human Preferences of Text-to-Image Synthesis.
         Xiaoshi Wu, Yiming Hao, Keqiang Sun, Yixiong Chen, Feng Zhu, Rui Zhao, Hongsheng Li (2023),
         https://arxiv.org/abs/2306.09341
     """
@@ -257,7 +265,7 @@ class Aesthetic(PreferenceReward):
     :param head: The head, a network or its weights, as published in
         ``sac+logos+ava1-l14-linearMSE.pth``, by name.
     :param preprocessing: In place of what the processor says.
-    :param options: The options of :class:`~pyro_twist.rewards.preference.PreferenceReward`.
+    :param options: The options of :class:`~pyro_twist.rewards.PreferenceReward`.
 
     **References**
 

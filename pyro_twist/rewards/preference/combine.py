@@ -39,6 +39,8 @@ class Ensemble(ImageScore):
     ) -> None:
         self.rewards, self.weights, self.reduce = tuple(rewards), tuple(weights), reduce
         options.setdefault("name", f"{reduce} of {', '.join(one.name for one in self.rewards)}")
+        sizes = [one.chunk_size for one in self.rewards if one.chunk_size is not None]
+        options.setdefault("chunk_size", min(sizes, default=None))
         options.setdefault("input", _common_input(self.rewards))
         options.setdefault("differentiable", _differentiable(self.rewards, options))
         super().__init__(self._values, **options)
@@ -84,8 +86,8 @@ def ensemble(
     :param rewards: Rewards, or functions of a batch of samples.
     :param weights: One positive number for each; by default 1.
     :param str reduce: ``"mean"`` or ``"min"``.
-    :param options: The options of :class:`~pyro_twist.rewards.Reward`; chunks and caches of the
-        members stay their own.
+    :param options: The options of :class:`~pyro_twist.rewards.Reward`; caches of the members stay
+        their own, and by default chunks are the smallest of theirs.
     :returns: The reward, differentiable where all members are.
     :raises ValueError: If there are no rewards, or the weights do not fit.
 
@@ -114,7 +116,7 @@ def per_prompt(reward: Any, prompts: Sequence[str]) -> list[Any]:
     Given to :class:`~pyro_twist.rewards.RewardTilted`, entry ``k`` of the model's plate is scored
     for prompt ``k``.
 
-    :param reward: A :class:`~pyro_twist.rewards.preference.PreferenceReward` for any prompt, or
+    :param reward: A :class:`~pyro_twist.rewards.PreferenceReward` for any prompt, or
         an :func:`ensemble` with one.
     :param prompts: The prompts, in the order of the plate's entries.
     :returns: The rewards.
