@@ -15,11 +15,17 @@ from torch.nn import functional
 from pyro_twist.diffusion.pipelines.adapter import Conditioning, LatentAdapter, at_least_one
 from pyro_twist.diffusion.pipelines.unets import repeated
 
-__all__ = ["Flux", "StableDiffusion3"]
+__all__ = ["FlowAdapter", "Flux", "StableDiffusion3"]
 
 
-class _Flow(LatentAdapter):
-    """A transformer over patches of latents, with timesteps that depend on their number."""
+class FlowAdapter(LatentAdapter):
+    """
+    A transformer over patches of latents, with timesteps that depend on their number.
+
+    :param pipe: A pipeline with a transformer.
+    :param int height: The height of the images in pixels.
+    :param int width: Their width.
+    """
 
     component = "transformer"
     patch = 2
@@ -40,7 +46,7 @@ class _Flow(LatentAdapter):
         return float(low + slope * (patches - few))
 
 
-class StableDiffusion3(_Flow):
+class StableDiffusion3(FlowAdapter):
     """
     Stable Diffusion 3 and 3.5.
 
@@ -121,7 +127,7 @@ class StableDiffusion3(_Flow):
         return {"mu": self.shift(scheduler)} if shifts else {}
 
 
-class Flux(_Flow):
+class Flux(FlowAdapter):
     """
     Flux.1: the guidance scale is an input of the network.
 
