@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from html import unescape
 from importlib import import_module
@@ -44,6 +45,8 @@ PAGES = [
     "docs/extending/twist.md",
     "docs/extending/learned.md",
 ]
+# these load networks from the hub
+WITH_WEIGHTS = ["docs/rewards_preference.md"]
 SHAPE = (3, 16, 16)
 
 
@@ -115,7 +118,17 @@ def test_every_page_with_examples_is_run() -> None:
         *ROOT.glob("docs/extending/*.md"),
     ]
     found = {page.relative_to(ROOT).as_posix() for page in pages if "```python" in page.read_text()}
-    assert found <= set(PAGES)
+    assert found <= {*PAGES, *WITH_WEIGHTS}
+
+
+@pytest.mark.parametrize("page", WITH_WEIGHTS)
+def test_examples_with_published_weights_import_what_there_is(page: str) -> None:
+    """They cannot be run without the weights, but what they import is there."""
+    for code in examples(page):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("pyro_twist"):
+                module = import_module(str(node.module))
+                assert all(hasattr(module, name.name) for name in node.names)
 
 
 def test_every_public_name_is_on_its_page() -> None:

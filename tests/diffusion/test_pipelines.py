@@ -626,7 +626,7 @@ def test_chunks_of_the_decoder_keep_gradients() -> None:
 
 
 def test_networks_that_are_kept_elsewhere_or_smaller() -> None:
-    """An offloaded network computes on its hook's device, one kept in eight bits in a wider type."""
+    """Computing happens on the device of an offloading hook, and not in eight bits."""
     pipe = pipes.stable_diffusion()
     network = made(pipe, "red fox", eta=1.0).denoiser.network
     assert network.placement == (torch.device("cpu"), torch.float32)
