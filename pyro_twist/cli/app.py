@@ -317,7 +317,7 @@ def compare(
             "--class",
             "-c",
             metavar="CLASS",
-            help="Sample this class.",
+            help="Sample this class; with several, by commas, or 'all', figures are their means.",
             show_default="any class",
             rich_help_panel=WHAT,
         ),

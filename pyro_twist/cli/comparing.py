@@ -49,7 +49,8 @@ def compare_command(
         options = AlignOptions(model=model, **given)
         tilted = tilted_model(options)
         rows = _rows_file(options, tilted.scales, budget)
-        found = compare(tilted, methods or None, budget=budget, seeds=seeds, path=rows)
+        numbers = {"budget": budget, "seeds": seeds, **_populations(tilted)}
+        found = compare(tilted, methods or None, path=rows, **numbers)
     except (OptionError, ValueError) as error:
         complain(str(error))
         return WRONG_OPTION
@@ -59,6 +60,13 @@ def compare_command(
     _print(found, tilted.scales)
     _write(found, options.out)
     return 0
+
+
+def _populations(tilted: Any) -> dict[str, Any]:
+    """Several classes are populations of their own, over which figures are averaged."""
+    if tilted.plate is None:
+        return {}
+    return {"max_plate_nesting": 1, "population_plate": tilted.plate[0]}
 
 
 def _rows_file(options: AlignOptions, scales: dict[str, float], budget: int) -> Path:

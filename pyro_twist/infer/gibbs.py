@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from pyro_twist.infer.increments import latent_sites
 from pyro_twist.infer.nested import check_whole
 from pyro_twist.infer.particles import take_ancestors
 from pyro_twist.infer.result import SMCResult
+from pyro_twist.infer.trustregiontwist import pool
 from pyro_twist.infer.twistedsmc import TwistedSMC
 
 __all__ = ["ParticleGibbs"]
@@ -125,7 +127,8 @@ class ParticleGibbs(TwistedSMC):
 
     def pooled(self) -> SMCResult:
         """
-        The particles of the passes so far, those of ``burn_in`` left out unless there are no more.
+        The particles of the passes so far, those of ``burn_in`` left out unless there are no more;
+        diagnostics are those of single passes, as in :attr:`last`.
 
         :raises ValueError: If there is no pass yet.
         """
@@ -134,6 +137,17 @@ class ParticleGibbs(TwistedSMC):
         used = self.passes[self.burn_in :] or self.passes[-1:]
         scale = self.passes[0].log_normalizer
         return _joined(used, self.passes, scale)
+
+    @property
+    def last(self) -> SMCResult:
+        """
+        The result of the last pass alone, with its diagnostics.
+
+        :raises ValueError: If there is no pass yet.
+        """
+        if not self.passes:
+            raise ValueError("there is no pass yet; call run")
+        return self.passes[-1]
 
     def _draw_path(self, result: SMCResult) -> dict[str, Tensor]:
         """One of the final paths, by its weight, of shape ``(1, ...)`` for each site."""
@@ -220,19 +234,15 @@ class _Keep(Messenger):
 
 def _joined(used: Sequence[SMCResult], every: Sequence[SMCResult], scale: Tensor) -> SMCResult:
     """The particles of some passes, each pass with the same total weight; the costs of all."""
-    log_weights = [weights.log_normalize(one.log_weights) for one in used]
-    log_n = torch.tensor(float(used[0].num_particles), dtype=torch.float64).log()
-    names, samples = used[0].state, used[0].samples or {}
     counts = sum((Counter(one.counts) for one in every), Counter())
-    return replace(
-        used[-1],
-        state={name: torch.cat([one.state[name] for one in used]) for name in names},
-        log_weights=torch.cat(log_weights) + scale + log_n,
-        log_normalizer=scale,
-        counts=dict(counts),
-        seconds=sum(one.seconds for one in every),
-        samples={n: torch.cat([(one.samples or {})[n] for one in used]) for n in samples},
-    )
+    whole = pool([_rescaled(one, scale) for one in used])
+    return replace(whole, counts=dict(counts), seconds=sum(one.seconds for one in every))
+
+
+def _rescaled(one: SMCResult, scale: Tensor) -> SMCResult:
+    """The same particles, with weights whose mean is the given normaliser."""
+    log_weights = weights.log_normalize(one.log_weights) + scale + math.log(one.num_particles)
+    return replace(one, log_weights=log_weights, log_normalizer=scale)
 
 
 def _check(

@@ -216,5 +216,8 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call([*common, "-m", "fk", "-m", "svdd"]) == 0
     assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
     assert {"table.md", "comparison.png"} <= {one.name for one in (tmp_path / "out").iterdir()}
+    classes = [*small, "-c", "3,8", "--seeds", "1", "-m", "fk", "-o", str(tmp_path / "classes")]
+    assert call(classes) == 0
+    assert capsys.readouterr().out
     assert call([*common, "-m", "fk", "-n", "5"]) == 2
     assert "another comparison" in capsys.readouterr().err

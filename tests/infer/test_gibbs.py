@@ -168,6 +168,15 @@ def test_burn_in_is_left_out_but_counted() -> None:
     assert result.counts["denoiser"] == 3 * 5 * 3
 
 
+def test_diagnostics_are_those_of_single_passes() -> None:
+    """They would add up to no normaliser of the pooled particles."""
+    gibbs = ParticleGibbs(LinearGaussianChain(num_steps=3), None, 4, num_iterations=3, seed=0)
+    with pytest.raises(ValueError, match="no pass yet"):
+        _ = gibbs.last
+    assert gibbs.run().diagnostics is None
+    assert gibbs.last.diagnostics.ess.shape == (4,)
+
+
 def test_particle_zero_follows_the_path_that_was_kept() -> None:
     model = LinearGaussianChain(num_steps=3)
     gibbs = ParticleGibbs(model, None, 5, num_iterations=1, seed=0, ess_threshold=1.0)
