@@ -19,6 +19,8 @@ from pyro_twist.align.job import AlignmentFailed, Progress, run, tilted_model
 from pyro_twist.align.methods import Method, Setting, default_methods, methods, register_method
 from pyro_twist.align.options import AlignOptions, OptionError
 from pyro_twist.align.outcome import Arm, Outcome, Score, Strength
+from pyro_twist.align.pipelines import PipelineImages
+from pyro_twist.align.prompts import PromptResult, run_prompts
 from pyro_twist.align.report import write_report
 from pyro_twist.align.sequences import ZooSequences
 from pyro_twist.align.shown import Shown, ShownRow, ShownSection
@@ -32,7 +34,9 @@ __all__ = [
     "Method",
     "OptionError",
     "Outcome",
+    "PipelineImages",
     "Progress",
+    "PromptResult",
     "Score",
     "Setting",
     "Shown",
@@ -47,6 +51,7 @@ __all__ = [
     "methods",
     "register_method",
     "run",
+    "run_prompts",
     "tilted_model",
     "write_report",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,44 @@ def save_arm(arm: Arm, outcome: Outcome) -> Path:
         for name, value in tensors.items()
     }
     _save_table(arm, outcome, path.with_suffix(".csv"))
+    for p, label in enumerate(outcome.labels):
+        place = folder / arm.method.name / _file_name(label)
+        outcome.domain.write(place, arm.samples[:, p], _told_of(arm, outcome, p))
     np.savez_compressed(path, about=np.array(json.dumps(about)), **arrays)
     return path
+
+
+def _file_name(label: str) -> str:
+    """A folder for each class; none where no class was asked for."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")
+
+
+def _told_of(arm: Arm, outcome: Outcome, p: int) -> list[dict[str, str]]:
+    """What a file of its own says of each sample: how it was made, and what it is worth."""
+    lambdas = {f"lambda:{strength.name}": f"{strength.scale:g}" for strength in outcome.strengths}
+    run = {
+        "Software": f"pyro_twist {versions()['pyro_twist']}",
+        "model": outcome.domain.name,
+        **dict(outcome.facts),
+        "method": arm.method.name,
+        "returns": arm.method.returns,
+        "seed": str(outcome.options.seed),
+        "steps": str(outcome.num_steps),
+        "particles": str(outcome.options.particles),
+        **lambdas,
+        "command": outcome.options.command(),
+    }
+    rewards = {f"reward:{name}": values[:, p].tolist() for name, values in arm.rewards.items()}
+    weights = arm.weights[:, p].tolist()
+    return [
+        {
+            **run,
+            "particle": str(place),
+            "weight": f"{weight:.6g}",
+            **{name: f"{values[place]:.6g}" for name, values in rewards.items()},
+        }
+        for place, weight in enumerate(weights)
+    ]
 
 
 def _save_table(arm: Arm, outcome: Outcome, path: Path) -> None:

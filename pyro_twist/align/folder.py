@@ -44,8 +44,9 @@ def _clear(folder: Path) -> None:
     if found is not None:
         for path in _artefacts(folder, found):
             path.unlink(missing_ok=True)
-        if (folder / "samples").is_dir() and not any((folder / "samples").iterdir()):
-            (folder / "samples").rmdir()
+        for place in (*(folder / "samples").glob("*/"), folder / "samples"):
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
     elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise OptionError(
             f"--out {str(folder)!r} holds files that are no results of this command; choose "
@@ -73,4 +74,5 @@ def _artefacts(folder: Path, found: dict[str, Any]) -> Iterator[Path]:
         yield folder / f"twist-{method}.safetensors"
         yield folder / "samples" / f"{method}.npz"
         yield folder / "samples" / f"{method}.csv"
+        yield from sorted((folder / "samples" / method).glob("*.png"))
     yield folder / "results.json"

@@ -10,18 +10,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from pyro_twist.align.domains import Judgement
+from pyro_twist.align.domains import Judgement, ShippedDomain
 from pyro_twist.align.options import AlignOptions, OptionError, unknown
-from pyro_twist.align.rewardoptions import number_or_text, parse_reward_options
-from pyro_twist.align.shown import Shown, ShownSection
+from pyro_twist.align.pictures import Pictures
+from pyro_twist.align.rewardoptions import image_reward_of, number_or_text
 
 if TYPE_CHECKING:
     from pyro_twist.rewards import Reward
-    from pyro_twist.rewards.samples import Input
     from pyro_twist.zoo import Classifier, Entry
 
 __all__ = ["ZooImages"]
@@ -30,7 +27,7 @@ _OF_COLOUR = ("blue", "colour", "colourful", "green", "red", "saturated")
 _STEPS = 50
 
 
-class ZooImages:
+class ZooImages(Pictures, ShippedDomain):
     """
     The image models of :mod:`pyro_twist.zoo`.
 
@@ -42,8 +39,6 @@ class ZooImages:
 
         self.name = name
         self._entry: Entry = zoo.entry(name)
-        self.input: Input = "tensor"
-        self.packages: tuple[str, ...] = ("diffusers",)
         self.description = self._entry.description
         self.classes = self._entry.classes
         self._grey = self._entry.event_shape[0] == 1
@@ -104,8 +99,6 @@ class ZooImages:
         """
         if name == "class":
             return self._class_reward(argument)
-        from pyro_twist.rewards import image_reward
-
         if self._grey and name in _OF_COLOUR:
             raise OptionError(
                 f"--reward {name}: the samples of {self.name!r} are grey, so that colour has no "
@@ -113,13 +106,7 @@ class ZooImages:
             )
         if name not in self.rewards():
             raise unknown("reward", name, self.rewards())
-        options = parse_reward_options(name, argument)
-        try:
-            reward = image_reward(name, **options)
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"--reward {name}: {error}") from None
-        reward.name = f"{name}:{argument}" if argument else name
-        return reward
+        return image_reward_of(name, argument)
 
     def _class_reward(self, argument: str) -> Reward:
         from pyro_twist import zoo
@@ -167,77 +154,10 @@ class ZooImages:
             "single run may be chance."
         )
 
-    def distances(self, samples: Tensor) -> Tensor:
-        """
-        Root mean squared differences of pixels.
-
-        :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
-        :returns: Of shape ``(B, B)``.
-        """
-        rows = samples.flatten(1).double()
-        # by differences: the expanded square would not give exact zeros for copies
-        exact = "donot_use_mm_for_euclid_dist"
-        return torch.cdist(rows, rows, compute_mode=exact) / rows.shape[1] ** 0.5
-
-    def distance_explained(self) -> str:
-        """What the distance is."""
-        return "the root mean squared difference of pixels in [0, 1]"
-
     def facts(self, options: AlignOptions, model: Any) -> list[tuple[str, str]]:
         """Scheduler and guidance."""
         scale = float(model.denoiser.guidance_scale)
         return [("scheduler", options.scheduler or "ddpm"), ("guidance", f"{scale:g}")]
-
-    def decoded(self, model: Any, x: Tensor) -> Tensor:
-        """
-        The images, as the model decodes them.
-
-        :param model: The model.
-        :param torch.Tensor x: Its end states.
-        """
-        images: Tensor = model.decode(x)
-        return images
-
-    def numbers(self, samples: Tensor) -> Tensor:
-        """The pixels, in float32."""
-        return samples.float()
-
-    def properties(self, samples: Tensor) -> dict[str, Sequence[Any]]:
-        """None: pixels are in no table."""
-        return {}
-
-    def show(self, sections: Sequence[ShownSection], caption: str) -> Shown:
-        """
-        A grid of pictures.
-
-        :param sections: What to show.
-        :param str caption: What to say of it.
-        """
-        from pyro_twist.viz import Figure, PictureRow, PictureSection, picture_grid
-        from pyro_twist.viz.page import png_bytes
-
-        drawn = [
-            PictureSection(
-                [
-                    PictureRow(r.label, self.pictures(r.samples), r.captions, r.notes, r.faded)
-                    for r in section.rows
-                ],
-                section.heading,
-            )
-            for section in sections
-        ]
-        content = png_bytes(picture_grid(drawn))
-        figure = Figure(content, f"Below each picture: {caption}", "Samples of each method")
-        return Shown([figure], {"grid.png": content})
-
-    def pictures(self, samples: Tensor) -> list[np.ndarray[Any, Any]]:
-        """
-        Images as arrays.
-
-        :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
-        """
-        rgb = (samples.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-        return list(rgb.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 
 def _plain(text: str) -> str:

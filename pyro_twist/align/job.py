@@ -30,9 +30,9 @@ from pyro_twist.twists.learned import learned_parts
 
 __all__ = ["AlignmentFailed", "Progress", "ScoredModel", "run", "tilted_model"]
 
-# Samples that lambda is measured on. The first batch of each class is what the base arm draws by
-# default, which is then used; lambda depends neither on --seed nor on --particles.
-PILOT_SIZE, PILOT_BATCH = 64, 16
+# The first batch of samples that lambda is measured on is what the base arm draws by default, which
+# is then used; lambda depends neither on --seed nor on --particles.
+PILOT_BATCH = 16
 RESERVED = (
     "hidden",
     "log_potential",
@@ -78,12 +78,12 @@ class ScoredModel(RewardTilted):
     A tilted model that ends with the sum of the scaled rewards in ``state["objective"]``, and what
     to rank by in ``state["ranking"]``: the same or, if every scale is zero, the rewards themselves.
 
-    :param model: As for :class:`~pyro_twist.rewards.RewardTilted`, and so are ``reward`` and
-        ``scale``.
+    :param model: As for :class:`~pyro_twist.rewards.RewardTilted`, and so are ``reward``,
+        ``scale`` and the options.
     """
 
-    def __init__(self, model: Any, reward: Any, scale: Any = 1.0) -> None:
-        super().__init__(model, reward, scale)
+    def __init__(self, model: Any, reward: Any, scale: Any = 1.0, **options: Any) -> None:
+        super().__init__(model, reward, scale, **options)
         self.on_step: Callable[[], None] | None = None
 
     def step(self, state: Any, t: int, *args: Any, **kwargs: Any) -> None:
@@ -105,7 +105,13 @@ def objective(values: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tens
     return sum(terms, start=zero)
 
 
-def run(options: AlignOptions, *, progress: Progress | None = None, save: bool = True) -> Outcome:
+def run(
+    options: AlignOptions,
+    *,
+    progress: Progress | None = None,
+    save: bool = True,
+    domain: Domain | None = None,
+) -> Outcome:
     """
     Runs the job.
 
@@ -113,11 +119,13 @@ def run(options: AlignOptions, *, progress: Progress | None = None, save: bool =
     :param Progress progress: Is told how far the job is.
     :param bool save: Whether to write the samples and figures of each method to ``options.out``
         as soon as it has finished.
+    :param Domain domain: The model and its surroundings, if they are at hand: several jobs then
+        share what is loaded. By default that of ``options.model``.
     :returns: What was found; :func:`~pyro_twist.align.write_report` makes pictures of it.
     :raises OptionError: If an option cannot be, before anything is computed.
     :raises AlignmentFailed: If a reward fails half-way; it has what was found before.
     """
-    job = _Job(options, progress or Progress(), save)
+    job = _Job(options, progress or Progress(), save, domain)
     if save:
         prepare_folder(options.out)
     return job.run()
@@ -136,16 +144,18 @@ def tilted_model(options: AlignOptions) -> RewardTilted:
     """
     job = _Job(options, Progress(), False)
     job.outcome.strengths = job._strengths()
-    return ScoredModel(job.model, job.rewards, job._scales())
+    return job._tilted(job._scales())
 
 
 class _Job:
-    def __init__(self, options: AlignOptions, progress: Progress, save: bool) -> None:
+    def __init__(
+        self, options: AlignOptions, progress: Progress, save: bool, domain: Domain | None = None
+    ) -> None:
         self.progress, self.save = progress, save
         self.methods = find_methods(options.methods)
         if options.resampling not in (*RESAMPLING, "none"):
             raise unknown("resampling scheme", options.resampling, [*RESAMPLING, "none"])
-        self.domain: Domain = find_domain(options.model)
+        self.domain = (domain or find_domain(options.model)).prepared(options)
         options = replace(options, rewards=options.rewards or (self.domain.default_reward,))
         self.options = options
         self.indices = _class_indices(self.domain, options)
@@ -153,7 +163,8 @@ class _Job:
         _check_names(self.rewards)
         self.model = self.domain.load(self.indices, options)
         names = tuple(self.domain.classes[i] for i in self.indices) or ("",)
-        tilted = ScoredModel(self.model, self.rewards, 0.0)
+        self.tilting = self.domain.tilting(options)
+        tilted = self._tilted(0.0)
         _check_methods(self.methods, tilted, self.domain)
         steps, facts = len(self.model.timesteps), self.domain.facts(options, self.model)
         self.outcome = Outcome(options, self.domain, names, self.indices, steps, facts)
@@ -206,7 +217,7 @@ class _Job:
 
     def _arm(self, method: Method) -> Arm:
         self.doing = method.name
-        model = ScoredModel(self.model, self.rewards, self._scales(method.tilted))
+        model = self._tilted(self._scales(method.tilted))
         stream = f"{self.options.seed}/{method.stream or method.name}"
         setting = self._setting(model, stream, self.options.particles)
         weighted = method.weighted
@@ -223,6 +234,9 @@ class _Job:
         )
         scores = score_arm(arm, self.domain, self.outcome.labels, self.indices)
         return replace(arm, scores=tuple(scores))
+
+    def _tilted(self, scales: Any) -> ScoredModel:
+        return ScoredModel(self.model, self.rewards, scales, **self.tilting)
 
     def _setting(self, model: Any, stream: str, num_particles: int) -> Setting:
         return Setting(
@@ -318,13 +332,13 @@ class _Job:
         base, options = self.outcome.base, self.options
         usable = base and options.seed == 0 and options.particles == PILOT_BATCH
         parts = [dict(base.rewards)] if base and usable else [self._draw("0/base", PILOT_BATCH)]
-        missing = -(-PILOT_SIZE // len(self.outcome.labels)) - PILOT_BATCH
+        missing = -(-self.domain.pilot_size // len(self.outcome.labels)) - PILOT_BATCH
         if missing > 0:
             parts.append(self._draw("0/pilot", missing))
         return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
 
     def _draw(self, stream: str, size: int) -> dict[str, Tensor]:
-        setting = self._setting(ScoredModel(self.model, self.rewards, 0.0), stream, size)
+        setting = self._setting(self._tilted(0.0), stream, size)
         engine = ImportanceSampling(setting.model, **setting.common)
         drawn = self._run(engine, setting, "Measuring the reward", weighted=False)
         self.outcome.pilot += size * len(self.outcome.labels)

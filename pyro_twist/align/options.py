@@ -44,7 +44,8 @@ class AlignOptions:
     Names are looked up when the job starts, numbers are checked at once. Where several values can
     be given, a single one will do.
 
-    :param str model: The name of a model, such as ``"emoji"``.
+    :param str model: The name of a model, such as ``"emoji"``, or a pipeline of diffusers: its
+        folder, or its name on the hub.
     :param rewards: Rewards to combine: names, ``"name:option=value"``, ``"class:NAME"``,
         ``"module:function"`` or ``"file.py:function"``; from Python also callables and
         :class:`~pyro_twist.rewards.Reward` objects; none for the model's usual one.
@@ -57,12 +58,23 @@ class AlignOptions:
     :param float guidance: The strength of classifier-free guidance; by default the model's own.
     :param int particles: The number of particles of each class and method.
     :param int steps: The number of steps of the reverse process; by default the model's usual one.
-    :param str scheduler: ``"ddpm"`` or ``"ddim"``, for images; by default the first.
-    :param str prompt: What is given of a text or of an antibody, for models of these.
+    :param str scheduler: ``"ddpm"`` or ``"ddim"``, for images; by default the first, and for
+        pipelines their own, where it has noise.
+    :param str prompt: What is given of a text or of an antibody, for models of these; for pipelines
+        what to draw. For several see :func:`~pyro_twist.align.run_prompts`.
     :param int seed: The seed of everything random.
     :param str resampling: The resampling scheme of the samplers.
     :param float ess_threshold: Resample when the effective sample size is below this share.
     :param int chunk_size: The most samples for one call of the network; by default all.
+    :param str negative_prompt: For pipelines, what guidance leads away from.
+    :param int height: For pipelines, the height of the images in pixels.
+    :param int width: Likewise their width.
+    :param str judge: For pipelines, a reward that is not optimised but measured.
+    :param str lookahead_decoder: For pipelines, the folder or name on the hub of a tiny autoencoder
+        that stands in for theirs at look-aheads.
+    :param str device: For pipelines, where they run; by default a GPU where there is one.
+    :param str dtype: Likewise the precision of the network, ``"float32"``, ``"bfloat16"`` or
+        ``"float16"``; by default bfloat16 on a GPU.
     :param ~pathlib.Path out: The folder of the results.
     :raises OptionError: If a number is out of range.
     """
@@ -82,6 +94,13 @@ class AlignOptions:
     resampling: str = "systematic"
     ess_threshold: float = 0.5
     chunk_size: int | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    judge: str | None = None
+    lookahead_decoder: str | None = None
+    device: str | None = None
+    dtype: str | None = None
     out: Path = Path("results/align")
 
     def __post_init__(self) -> None:
@@ -99,6 +118,9 @@ class AlignOptions:
             self._check_range("chunk-size", self.chunk_size, 1, 1_000_000)
         if self.guidance is not None:
             self._check_range("guidance", self.guidance, -100, 100)
+        for name in ("height", "width"):
+            if (given := getattr(self, name)) is not None:
+                self._check_range(name, given, 1, 16_384)
         self._check_numbers("strength", self.strengths)
         if self.scales:
             self._check_numbers("scale", self.scales)
@@ -116,6 +138,19 @@ class AlignOptions:
                 f"--{name} is given {len(values)} times; give it once, or once for each --reward "
                 "in the same order"
             )
+
+    def check_for_no_pipeline(self) -> None:
+        """
+        Refuses what only pipelines have.
+
+        :raises OptionError: If it is given.
+        """
+        for name in _FOR_PIPELINES:
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"--{_FLAGS[name]} is for pipelines of diffusers, which {self.model!r} is not; "
+                    "leave it out"
+                )
 
     def command(self) -> str:
         """The command line that does the same; options left at their defaults are left out."""
@@ -144,8 +179,24 @@ _FLAGS = {
     "resampling": "resampling",
     "ess_threshold": "ess-threshold",
     "chunk_size": "chunk-size",
+    "negative_prompt": "negative-prompt",
+    "height": "height",
+    "width": "width",
+    "judge": "judge",
+    "lookahead_decoder": "lookahead-decoder",
+    "device": "device",
+    "dtype": "dtype",
     "out": "out",
 }
+_FOR_PIPELINES = (
+    "negative_prompt",
+    "height",
+    "width",
+    "judge",
+    "lookahead_decoder",
+    "device",
+    "dtype",
+)
 _DEFAULTS = {field.name: field.default for field in fields(AlignOptions)}
 
 

@@ -63,7 +63,7 @@ class Score:
         zero, of highest reward.
     :param float objective_mean: The mean of the sum of the scaled rewards.
     :param float objective_best: The highest such sum.
-    :param float judge: The mean score of the judge.
+    :param float judge: The mean score of the judge, ``None`` without one.
     :param dict judge_details: The means of its other figures.
     :param float diversity: Mean distance between two returned samples, ``None`` for a maximiser.
     :param float ess: The effective sample size at the end, ``None`` for a maximiser.
@@ -83,7 +83,7 @@ class Score:
     reward_best: Mapping[str, float]
     objective_mean: float
     objective_best: float
-    judge: float
+    judge: float | None
     judge_details: Mapping[str, float]
     diversity: float | None
     ess: float | None
@@ -269,6 +269,7 @@ def _score(arm: Arm, domain: Domain, label: str, index: int | None, p: int) -> S
     roots = None if arm.roots is None else arm.roots[:, p]
     best = int(torch.where(weights > 0, arm.ranking[:, p], -torch.inf).argmax())
     judged = domain.judge(samples, index)
+    score, details = (judged.score, judged.details) if judged else (None, {})
     maximiser = arm.method.returns == "a maximiser"
     log_z = arm.result.log_normalizer.reshape(-1)[p].item()
     estimates = arm.method.weighted
@@ -278,8 +279,8 @@ def _score(arm: Arm, domain: Domain, label: str, index: int | None, p: int) -> S
         reward_best={name: values[best, p].item() for name, values in arm.rewards.items()},
         objective_mean=mean(objective, weights),
         objective_best=objective[best].item(),
-        judge=mean(judged.score, weights),
-        judge_details={name: mean(value, weights) for name, value in judged.details.items()},
+        judge=None if score is None else mean(score, weights),
+        judge_details={name: mean(value, weights) for name, value in details.items()},
         diversity=None if maximiser else _diversity(domain.distances(samples), weights),
         ess=None if maximiser else (1 / weights.square().sum()).item(),
         log_normalizer=log_z if estimates and math.isfinite(log_z) else None,
@@ -288,7 +289,7 @@ def _score(arm: Arm, domain: Domain, label: str, index: int | None, p: int) -> S
         distinct=len(originals(_listed(rows_of(samples, weights > 0))).unique()),
         reward_error={n: standard_error(v[:, p], weights, roots) for n, v in arm.rewards.items()},
         objective_error=standard_error(objective, weights, roots),
-        judge_error=standard_error(judged.score, weights, roots),
+        judge_error=None if score is None else standard_error(score, weights, roots),
     )
 
 

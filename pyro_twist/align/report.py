@@ -132,7 +132,7 @@ def _row(outcome: Outcome, arm: Arm, p: int) -> ShownRow:
         label=arm.method.name,
         samples=samples,
         captions=[number(value) for value in values[index, p].tolist()],
-        judged=[number(value) for value in judged.score.tolist()],
+        judged=[number(value) for value in judged.score.tolist()] if judged else [],
         notes=_notes(outcome, arm, p),
         faded=len(index) - 1 if maximiser else 0,
     )
@@ -146,10 +146,12 @@ def _draws(arm: Arm, p: int) -> torch.Tensor:
 
 
 def _notes(outcome: Outcome, arm: Arm, p: int) -> list[str]:
-    reward, _, judge, *_ = (column.shown(column.value(arm, p)) for column in columns(outcome))
+    told = {c.heading: c.shown(c.value(arm, p)) for c in columns(outcome)}
+    reward = next(iter(told.values()))
+    judged = [f"judge {told['judge']}"] if "judge" in told else []
     short = {"a maximiser": "the best, others pale"}
     name = "reward" if outcome.single_reward else "lambda * reward"
-    return [short.get(arm.method.returns, arm.method.returns), f"{name} {reward}", f"judge {judge}"]
+    return [short.get(arm.method.returns, arm.method.returns), f"{name} {reward}", *judged]
 
 
 def _caption(outcome: Outcome) -> str:

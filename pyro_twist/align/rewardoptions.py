@@ -8,11 +8,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyro_twist.align.options import OptionError
 
-__all__ = ["number_or_text", "parse_options", "parse_reward_options"]
+if TYPE_CHECKING:
+    from pyro_twist.rewards import Reward
+
+__all__ = ["image_reward_of", "number_or_text", "parse_options", "parse_reward_options"]
 
 # the only option of each reward that has one, which need not be named, and an example
 _OPTIONS = {
@@ -80,6 +83,25 @@ def parse_reward_options(name: str, argument: str) -> dict[str, Any]:
     if equals and key.strip() != option:
         raise OptionError(f"--reward {name}: no option {key.strip()!r}; its options are: {option}")
     return {option: _value(name, option, (value if equals else argument).strip())}
+
+
+def image_reward_of(name: str, argument: str) -> Reward:
+    """
+    Makes a reward of images.
+
+    :param str name: One of :func:`~pyro_twist.rewards.image_rewards`.
+    :param str argument: What is behind the colon, empty for nothing.
+    :raises OptionError: If there is no such option.
+    """
+    from pyro_twist.rewards import image_reward
+
+    options = parse_reward_options(name, argument)
+    try:
+        reward = image_reward(name, **options)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"--reward {name}: {error}") from None
+    reward.name = f"{name}:{argument}" if argument else name
+    return reward
 
 
 def _value(name: str, option: str, text: str) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_twist.align.domains import Judgement
+from pyro_twist.align.domains import Judgement, ShippedDomain
 from pyro_twist.align.options import AlignOptions, OptionError, unknown
 from pyro_twist.align.rewardoptions import parse_options
 from pyro_twist.align.shown import Shown, ShownSection
@@ -30,7 +30,7 @@ __all__ = ["Strings", "ZooSequences"]
 Strings = np.ndarray[Any, Any]
 
 
-class ZooSequences:
+class ZooSequences(ShippedDomain):
     """
     A masked model of :mod:`pyro_twist.zoo`; derived classes know what its strings are.
 

@@ -81,7 +81,7 @@ def columns(outcome: Outcome) -> list[Column]:
     falling = name is not None and any(one.scale < 0 for one in outcome.strengths)
     judge = outcome.domain.judge_explained(outcome.labels != ("",))
     size = outcome.options.particles
-    return [
+    found = [
         Column(
             "reward mean" if name else "lambda * reward",
             f"Mean {what} of what the method returns: over equal weights for the base model, "
@@ -146,6 +146,7 @@ def columns(outcome: Outcome) -> list[Column]:
             _fixed(2),
         ),
     ]
+    return [column for column in found if judge or column.heading != "judge"]
 
 
 CALLS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,27 +40,40 @@ def make_rewards(domain: Domain, given: Sequence[str | Callable[..., Any]]) -> d
 
 def _make(domain: Domain, given: str | Callable[..., Any]) -> Reward:
     if isinstance(given, Reward):
-        return given
+        return domain.for_prompt(given) if hasattr(domain, "for_prompt") else given
     if not isinstance(given, str):
         return _wrapped(given, domain)
     name, colon, argument = given.strip().partition(":")
     if not colon or name in {known.partition(":")[0] for known in domain.rewards()}:
         return domain.reward(name.strip(), argument.strip())
     function = load_function(given)
-    return function if isinstance(function, Reward) else _wrapped(function, domain)
+    return _make(domain, function)
 
 
 def _wrapped(function: Callable[..., Any], domain: Domain) -> Reward:
     name = getattr(function, "__name__", type(function).__name__)
 
+    prompt = _prompt_for(function, domain)
+
     @functools.wraps(function)
     def returning(samples: Any) -> Any:
-        values = function(samples)
+        values = function(samples, **prompt)
         if values is None:
             raise TypeError(f"{name} returned None; it may lack a 'return'")
         return values
 
     return Reward(returning, name=name, input=domain.input)
+
+
+def _prompt_for(function: Callable[..., Any], domain: Domain) -> dict[str, Any]:
+    """The prompt of the job, for a function with an argument of that name."""
+    if getattr(domain, "prompt", None) is None:
+        return {}
+    try:
+        takes = "prompt" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some callables have no signature
+        takes = False
+    return {"prompt": getattr(domain, "prompt", None)} if takes else {}
 
 
 def load_function(path: str) -> Any:

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -20,12 +23,18 @@ from rich.table import Table
 from pyro_twist.align import (
     AlignmentFailed,
     AlignOptions,
+    Domain,
     OptionError,
     Outcome,
+    PipelineImages,
     Progress,
+    PromptResult,
+    find_domain,
     run,
+    run_prompts,
     write_report,
 )
+from pyro_twist.align.prompts import summary_table
 from pyro_twist.align.report import strength_sentences
 from pyro_twist.align.table import CALLS, columns, remarks, summary_rows, table_rows
 from pyro_twist.cli.app import FAILED, INTERRUPTED, WRONG_OPTION, complain
@@ -36,26 +45,69 @@ __all__ = ["align_command", "print_outcome", "print_table"]
 MAX_WARNINGS = 3
 
 
-def align_command(model: str, given: dict[str, Any], quiet: bool) -> int:
+def align_command(model: str, given: dict[str, Any], prompts: tuple[str, ...], quiet: bool) -> int:
     """
-    Runs the job and prints what it found.
+    Runs the job, or one for each prompt of a pipeline, and prints what was found.
 
     :param str model: The model.
     :param dict given: The other fields of :class:`~pyro_twist.align.AlignOptions`.
+    :param tuple prompts: The prompts.
     :param bool quiet: Whether to print only the last line.
     :returns: The exit code.
     """
     console = Console(highlight=False, quiet=quiet)
     try:
-        options = AlignOptions(model=model, **given)
-        with _bars(console) as progress, _short_warnings():
-            outcome, code = run(options, progress=progress), 0
+        domain = find_domain(model)
+        if isinstance(domain, PipelineImages):
+            given = {"out": Path("results") / _folder_name(model), **given}
+            return _prompts(AlignOptions(model=model, **given), prompts, domain, console)
+        if len(prompts) > 1:
+            raise OptionError(f"--prompt: {model!r} takes one, got {len(prompts)}")
+        options = AlignOptions(model=model, prompt=next(iter(prompts), None), **given)
+        return _job(options, domain, console)
     except OptionError as error:
         complain(str(error))
         return WRONG_OPTION
     except OSError as error:
         complain(f"the results cannot be written: {error}")
         return FAILED
+
+
+def _folder_name(model: str) -> str:
+    """The name of a pipeline as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name) or "pipeline"
+
+
+def _prompts(
+    options: AlignOptions, prompts: tuple[str, ...], domain: PipelineImages, console: Console
+) -> int:
+    def tell(result: PromptResult) -> None:
+        console.print(f"\n[bold]{escape(result.prompt or 'without a prompt')}[/bold]")
+        if result.outcome is None:
+            console.print(f"finished earlier, in {escape(str(result.folder))}", style="dim")
+        else:
+            print_outcome(result.outcome, console)
+
+    try:
+        with _bars(console) as progress, _short_warnings():
+            done = run_prompts(options, prompts, progress=progress, tell=tell, domain=domain)
+    except AlignmentFailed as failure:
+        print_outcome(failure.outcome, console)
+        complain(f"{failure}; prompts that are finished are kept, the same command goes on")
+        return INTERRUPTED if failure.outcome.error == "interrupted" else FAILED
+    if len(done) > 1:
+        headings, rows = summary_table(done)
+        console.print()
+        print_table(console, "Means over the prompts", headings[1:], rows)
+    print(f"Results are in {options.out}; open {options.out / 'index.html'}")
+    failed = any(one.results["failed"] for one in done)
+    return FAILED if failed else 0
+
+
+def _job(options: AlignOptions, domain: Domain, console: Console) -> int:
+    try:
+        with _bars(console) as progress, _short_warnings():
+            outcome, code = run(options, progress=progress, domain=domain), 0
     except AlignmentFailed as failure:
         outcome = failure.outcome
         code = INTERRUPTED if outcome.error == "interrupted" else FAILED

@@ -82,7 +82,7 @@ def _options(
     """Align pretrained diffusion models to a reward while they sample, without training."""
 
 
-WHAT, HOW, RUN = "What to align", "How", "The run"
+WHAT, HOW, RUN, PIPELINES = "What to align", "How", "The run", "Pipelines of diffusers"
 
 
 _ALIGN_HELP = (
@@ -96,14 +96,20 @@ _ALIGN_HELP = (
 _ALIGN_EXAMPLES = (
     "Examples: pyro-twist align emoji -c people -r green;  pyro-twist align emoji -c all "
     "-r compressible --strength 2;  pyro-twist align digits -c 3 -r my_reward.py:score;  "
-    "pyro-twist align molecules -r qed;  pyro-twist align text -r sentiment"
+    "pyro-twist align molecules -r qed;  pyro-twist align text -r sentiment;  pyro-twist align "
+    "emoji-text --prompt 'red apple' -r fidelity"
 )
 
 
 @app.command(help=_ALIGN_HELP, epilog=_ALIGN_EXAMPLES)
 def align(
     model: Annotated[
-        str, typer.Argument(help="A shipped model: see 'pyro-twist models'.", show_default=True)
+        str,
+        typer.Argument(
+            help="A shipped model, see 'pyro-twist models'; or a pipeline of diffusers: a folder, "
+            "or owner/name on the hub.",
+            show_default=True,
+        ),
     ] = "emoji",
     reward: Annotated[
         list[str] | None,
@@ -116,7 +122,8 @@ def align(
             "or a function of your own, as package.module:function or file.py:function, which "
             "takes images of shape (B, C, H, W) in [0, 1], or a list of B strings, and returns B "
             "numbers. Repeat it to add rewards up.",
-            show_default="red; bright for digits, qed for molecules, sentiment for text",
+            show_default="red; bright for digits, qed for molecules, sentiment for text, pickscore "
+            "for pipelines",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -154,11 +161,12 @@ def align(
         ),
     ] = None,
     prompt: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="For text: its beginning, with _ for a free word piece. For antibodies: the "
-            "sequence, with ? at free positions.",
+            help="For pipelines: what to draw; repeat it for several prompts, each with a folder "
+            "of its own. For text: its beginning, with _ for a free word piece. For antibodies: "
+            "the sequence, with ? at free positions.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -166,8 +174,8 @@ def align(
         float | None,
         typer.Option(
             metavar="W",
-            help="Strength of classifier-free guidance towards the class; 1 is none.",
-            show_default="what the model's card recommends",
+            help="Strength of classifier-free guidance towards class or prompt; 1 is none.",
+            show_default="what the model's card, or the pipeline, recommends",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -204,8 +212,8 @@ def align(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="For images: ddpm, or ddim with eta = 1.",
-            show_default="ddpm",
+            help="For images: ddpm, or ddim with eta = 1; for pipelines also euler-ancestral.",
+            show_default="ddpm; a pipeline's own where it has noise",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -234,6 +242,66 @@ def align(
             rich_help_panel=HOW,
         ),
     ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="What guidance leads away from.", rich_help_panel=PIPELINES
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REWARD",
+            help="A reward that is measured, not optimised, to see whether another is exploited.",
+            show_default="none; a shipped model's own",
+            rich_help_panel=PIPELINES,
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Height of images.",
+            show_default="usual",
+            rich_help_panel=PIPELINES,
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Width of images.",
+            show_default="usual",
+            rich_help_panel=PIPELINES,
+        ),
+    ] = None,
+    lookahead_decoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A tiny autoencoder for look-aheads, such as madebyollin/taesd; final samples are "
+            "decoded and scored in full.",
+            show_default="the pipeline's own",
+            rich_help_panel=PIPELINES,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to run, such as cuda or cpu.",
+            show_default="cuda where there is one",
+            rich_help_panel=PIPELINES,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of the network: float32, bfloat16 or float16. Densities are in float32 "
+            "and weights in float64 all the same.",
+            show_default="bfloat16 on a GPU, else float32",
+            rich_help_panel=PIPELINES,
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -242,16 +310,17 @@ def align(
         ),
     ] = 0,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             "-o",
             metavar="FOLDER",
-            help="Where the results go; those of an earlier run there are replaced, and a folder "
-            "with other files is refused.",
+            help="Where results go; those of an earlier run there are replaced, but for prompts "
+            "that it had finished with the same options. A folder with other files is refused.",
+            show_default="results/align, or results/ and the name of the pipeline",
             rich_help_panel=RUN,
         ),
-    ] = Path("results/align"),
+    ] = None,
     quiet: Annotated[
         bool,
         typer.Option(
@@ -270,19 +339,25 @@ def align(
         "particles": particles,
         "steps": steps,
         "scheduler": scheduler,
-        "prompt": prompt,
         "seed": seed,
         "resampling": resampling,
         "ess_threshold": ess_threshold,
         "chunk_size": chunk_size,
-        "out": out,
+        "negative_prompt": negative_prompt,
+        "judge": judge,
+        "height": height,
+        "width": width,
+        "lookahead_decoder": lookahead_decoder,
+        "device": device,
+        "dtype": dtype,
+        **({} if out is None else {"out": out}),
     }
     if scale and strength:
         complain("--scale sets lambda and --strength derives it; give only one of them")
         raise typer.Exit(WRONG_OPTION)
     from pyro_twist.cli.aligning import align_command
 
-    raise typer.Exit(align_command(model, given, quiet))
+    raise typer.Exit(align_command(model, given, tuple(prompt or ()), quiet))
 
 
 _COMPARE_HELP = (
@@ -299,7 +374,9 @@ _COMPARE_EXAMPLES = (
 
 @app.command(help=_COMPARE_HELP, epilog=_COMPARE_EXAMPLES)
 def compare(
-    model: Annotated[str, typer.Argument(help="A shipped model: see 'pyro-twist models'.")],
+    model: Annotated[
+        str, typer.Argument(help="A shipped model, or a pipeline, as for 'pyro-twist align'.")
+    ],
     reward: Annotated[
         list[str] | None,
         typer.Option(
@@ -333,6 +410,12 @@ def compare(
     scale: Annotated[
         float | None,
         typer.Option(metavar="LAMBDA", help="Set lambda itself instead.", rich_help_panel=WHAT),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="As for 'pyro-twist align', but one.", rich_help_panel=WHAT
+        ),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -378,6 +461,7 @@ def compare(
     given: dict[str, Any] = {
         "rewards": tuple(reward or ()),
         "classes": (class_name,) if class_name else (),
+        "prompt": prompt,
         "scales": () if scale is None else (scale,),
         "strengths": (strength,),
         "steps": steps,

@@ -76,6 +76,7 @@ def _rows_file(options: AlignOptions, scales: dict[str, float], budget: int) -> 
         "rewards": list(options.rewards),
         "classes": list(options.classes),
         "lambda": dict(scales),
+        **({} if options.prompt is None else {"prompt": options.prompt}),
         "steps": options.steps,
         "budget": budget,
     }

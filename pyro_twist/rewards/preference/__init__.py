@@ -41,7 +41,8 @@ __all__ = [
     "preference_rewards",
 ]
 
-_REGISTRY = RewardRegistry(
+#: The named rewards, and how each is loaded.
+REGISTRY = RewardRegistry(
     "preference",
     {
         "aesthetic": (Aesthetic.from_pretrained, "LAION aesthetic rating, 1 to 10; no prompt"),
@@ -59,7 +60,7 @@ def preference_rewards() -> dict[str, str]:
 
     :returns: For every name one line that says what is measured, in which unit.
     """
-    return _REGISTRY.descriptions()
+    return REGISTRY.descriptions()
 
 
 def preference_reward(name: str, **options: Any) -> PreferenceReward:
@@ -75,6 +76,6 @@ def preference_reward(name: str, **options: Any) -> PreferenceReward:
 
         reward = preference_reward("pickscore", prompt="a red apple", device="cuda")
     """
-    reward = _REGISTRY.make(name, **options)
+    reward = REGISTRY.make(name, **options)
     assert isinstance(reward, PreferenceReward)
     return reward

@@ -8,6 +8,8 @@ Trains a text-to-image model of emoji by their names; writes a ``StableDiffusion
     python -m pyro_twist.zoo.recipes.emoji_text --data emoji-datasource-google-16.0.0.tgz \\
         --work work --export emoji-text
 
+Neither pictures nor names of the held-out emoji are seen.
+
 The network starts from that of the class-conditional model of the zoo, whose residual blocks it
 shares; a small text encoder is trained with it. The autoencoder keeps the size of a picture, and is
 trained to have the picture itself as its latents.
@@ -224,7 +226,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    data = load_archive(options.data)
+    everything = load_archive(options.data)
+    data = everything.subset(~everything.held_out)
     prompts = [prompt_of(name) for name in data.names]
     tokenizer = make_tokenizer(sorted(set(prompts)), options.work / "tokenizer")
     padded: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
