@@ -5,10 +5,11 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-OUT ?= results/align
 MODEL ?= emoji
+OUT ?= results/$(if $(filter emoji-text,$(MODEL)),emoji-text,align)
 ARGS ?=
 PIP_ARGS ?=
+DEFAULT_ARGS = $(if $(filter emoji,$(MODEL)),--class flags --reward green)$(if $(filter emoji-text,$(MODEL)),--prompt "red apple")
 # Threads that spin while they wait make a network many times slower as soon as one core is busy.
 export OMP_WAIT_POLICY ?= PASSIVE
 # The tests work on small tensors, for which a second thread costs more than it gives.
@@ -16,6 +17,7 @@ THREADS ?= 1
 
 extras-run := plots,rewards
 extras-run-emoji := $(extras-run)
+extras-run-emoji-text := $(extras-run)
 extras-run-digits := $(extras-run)
 extras-run-molecules := $(extras-run),molecules
 extras-run-text := $(extras-run),text
@@ -49,7 +51,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt requirements-anti
 	@touch $@
 
 align: $(VENV)/.installed-run-$(MODEL)  ## align the emoji model, or MODEL=molecules, text, ..., to a reward
-	@$(BIN)/pyro-twist align $(MODEL) --out "$(OUT)" $(or $(ARGS),$(if $(filter emoji,$(MODEL)),--class flags --reward green))
+	@$(BIN)/pyro-twist align $(MODEL) --out "$(OUT)" $(or $(ARGS),$(DEFAULT_ARGS))
 
 test: $(VENV)/.installed-test  ## run the tests
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)

@@ -109,10 +109,7 @@ def make_scheduler(name: str | None, pipe: Any) -> Any:
     :param pipe: The pipeline.
     :raises OptionError: If there is no such scheduler.
     """
-    import diffusers
-
-    from pyro_twist.diffusion.forward import is_flow_matching
-    from pyro_twist.diffusion.pipelines.schedulers import choose_scheduler
+    from pyro_twist.diffusion.pipelines.schedulers import alike, choose_scheduler
 
     if name is None:
         with warnings.catch_warnings():
@@ -121,13 +118,10 @@ def make_scheduler(name: str | None, pipe: Any) -> Any:
             return choose_scheduler(pipe.scheduler, None, None)
     if name not in _SCHEDULERS:
         raise unknown("scheduler", name, _SCHEDULERS)
-    if is_flow_matching(pipe.scheduler):
+    made = alike(pipe.scheduler, _SCHEDULERS[name])
+    if made is None:
         raise OptionError(
-            f"--scheduler {name}: {type(pipe).__name__} is trained by flow matching, which has a "
-            "process of its own; leave it out"
+            f"--scheduler {name}: the network of {type(pipe).__name__} was trained for "
+            f"{type(pipe.scheduler).__name__}, whose noise levels it does not have; leave it out"
         )
-    options = {}
-    if name != "euler-ancestral":
-        # they clip unless told otherwise; a scheduler without that option did not
-        options["clip_sample"] = bool(pipe.scheduler.config.get("clip_sample", False))
-    return getattr(diffusers, _SCHEDULERS[name]).from_config(pipe.scheduler.config, **options)
+    return made

@@ -42,8 +42,8 @@ class Chunks:
     """
 
     def __init__(self, size: int | None, name: str = "chunk_size") -> None:
-        if size is not None and size < 1:
-            raise ValueError(f"{name}={size} is not a positive integer; try {name}=8")
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name}={size!r} is not a positive integer; try {name}=8")
         self.size, self.name = size, name
         self._said = False
 
@@ -98,5 +98,5 @@ class Chunks:
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """Whether memory ran out, on a device or, where torch says so in words only, anywhere."""
     words = str(error).lower()
-    kinds = ("out of memory", "not enough memory", "can't allocate memory")
+    kinds = ("out of memory", "not enough memory", "can't allocate memory", "status_alloc_failed")
     return isinstance(error, torch.OutOfMemoryError) or any(kind in words for kind in kinds)

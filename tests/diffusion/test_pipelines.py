@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -28,6 +32,7 @@ from pyro_twist.wrapper import ModelWrapper
 from tests.diffusion import pipes
 
 STEPS = 3
+ETA = {"eta": 1.0}
 PROMPTS = ["a blue cat", "red fox on a mat"]
 LATENTS = (4, 8, 8)
 SHORT: dict[str, dict[str, Any]] = {
@@ -124,6 +129,8 @@ SCHEDULERS: dict[str, tuple[Callable[[], Any], float | None]] = {
         ),
         None,
     ),
+    "lcm": (lambda: diffusers.LCMScheduler(), None),
+    "tcd": (lambda: diffusers.TCDScheduler(), 0.3),
 }
 
 
@@ -138,6 +145,42 @@ def test_diffusion_pipelines(kind: str, scheduler: str, scale: float) -> None:
         given = {} if eta is None else {"eta": eta}
         expected = theirs(pipe, prompt=PROMPTS, **given, **options)
         assert_same(ours(made(pipe, PROMPTS, eta=eta, **options)), expected)
+
+
+def standard_deviations(scheduler: Any, eta: float) -> list[float]:
+    """Of the start and each step, by the scheduler's own formula; 0 where it adds nothing."""
+    scheduler.set_timesteps(STEPS)
+    first = float(scheduler.init_noise_sigma)
+    if hasattr(scheduler, "sigmas"):
+        pairs = zip(scheduler.sigmas[:-1].double(), scheduler.sigmas[1:].double(), strict=True)
+        return [first, *(float(low * (1 - (low / high) ** 2).sqrt()) for high, low in pairs)]
+    times = [int(t) for t in scheduler.timesteps]
+    if "eta" not in inspect.signature(scheduler.step).parameters:
+        return [first, *(float(scheduler._get_variance(t)) ** 0.5 * (t > 0) for t in times)]
+    stride = scheduler.config.num_train_timesteps // STEPS
+    steps = [eta * float(scheduler._get_variance(t, t - stride)) ** 0.5 for t in times]
+    return [first, *steps]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of numpy, in EulerAncestral
+@pytest.mark.parametrize("scheduler", ["ddim", "ddim-v", "ddpm", "ancestral"])
+def test_log_densities_are_those_of_the_noise_that_the_pipeline_draws(scheduler: str) -> None:
+    make, eta = SCHEDULERS[scheduler]
+    with using(pipe_of("sd"), make()) as pipe:
+        model = made(pipe, PROMPTS, eta=eta, guidance_scale=3.0)
+        levels = standard_deviations(make(), eta or 0.0)
+    torch.manual_seed(1)
+    trace = poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    torch.manual_seed(1)
+    for t, level in zip(range(STEPS, -1, -1), levels, strict=True):
+        found = trace.nodes[f"x_{t}"]["log_prob"]
+        if level == 0:
+            assert (found == 0).all()
+            continue
+        z = torch.randn(2, *LATENTS).double()
+        expected = (-0.5 * z**2 - 0.5 * math.log(2 * math.pi) - math.log(level)).sum((1, 2, 3))
+        assert found.shape == (2,) and torch.allclose(found.double(), expected, atol=2e-2)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart", "sd3", "flux"])
@@ -167,6 +210,31 @@ def test_negative_prompts_and_one_prompt(kind: str) -> None:
     assert_same(ours(model), single[0])
 
 
+TEXTS: dict[str, dict[str, Any]] = {
+    "sdxl": dict(prompt_2="mat", negative_prompt_2="photo"),
+    "sd3": dict(
+        prompt_2="mat", prompt_3="a photo", negative_prompt_2="photo", negative_prompt_3="red"
+    ),
+    "flux": dict(prompt_2="mat", negative_prompt_2="photo", true_cfg_scale=2.0),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_texts_of_the_other_encoders(kind: str) -> None:
+    """Each reaches its own text encoder, as in the pipeline, and changes something."""
+    pipe, flow = pipe_of(kind), kind != "sdxl"
+    given = {**SHORT[kind], "guidance_scale": 3.0, **TEXTS[kind]}
+    eta = 1e-7 if flow else 1.0
+    call = given if flow else {**given, **ETA}
+    expected = theirs(pipe, prompt=PROMPTS[0], negative_prompt="bad photo", **call)
+    found = ours(made(pipe, PROMPTS[0], "bad photo", eta=eta, **given))
+    assert_same(found, unpacked(pipe, kind, expected)[0])
+    for name, text in TEXTS[kind].items():
+        if isinstance(text, str):
+            other = ours(made(pipe, PROMPTS[0], "bad photo", eta=eta, **{**given, name: "fox fox"}))
+            assert float((other - found).abs().max()) > 1e-4 * float(found.abs().max()), name
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_flow_pipelines_in_the_deterministic_limit(kind: str, scale: float) -> None:
@@ -179,8 +247,7 @@ def test_flow_pipelines_in_the_deterministic_limit(kind: str, scale: float) -> N
     else:
         call = options
     expected = theirs(pipe, prompt=PROMPTS, **call)
-    if kind == "flux":
-        expected = pipe._unpack_latents(expected, 16, 16, pipe.vae_scale_factor)
+    expected = unpacked(pipe, kind, expected)
     assert_same(ours(made(pipe, PROMPTS, eta=1e-7, **options)), expected)
     errors = [
         float((ours(made(pipe, PROMPTS, eta=eta, **options)) - expected).abs().max())
@@ -267,38 +334,59 @@ def test_unconditional_pipelines(kind: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart", "sd3", "flux"])
 def test_bfloat16(kind: str, scale: float) -> None:
     """
-    Along the pipeline's own states every step agrees to the rounding of its bfloat16 latents, and
-    the images of the same latents agree to that of the VAE's.
+    Along the pipeline's own states the network's outputs, the steps, and the images of the same
+    latents agree with the pipeline's to the rounding of bfloat16.
     """
     pipe = pipes.PIPES[kind]().to(torch.bfloat16)
-    given = dict(guidance_scale=scale, eta=1.0)
-    model = made(pipe, PROMPTS, **given)
-    states: list[Tensor] = []
-
-    def keep(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        states.append(values["latents"])
-        return {}
-
-    last = theirs(pipe, prompt=PROMPTS, callback_on_step_end=keep, **given)
+    flow = kind in ("sd3", "flux")
+    given = dict(SHORT[kind], guidance_scale=scale)
+    model = made(pipe, PROMPTS, eta=1e-7 if flow else 1.0, **given)
+    outputs, states = recorded(pipe, kind)
+    last = unpacked(pipe, kind, theirs(pipe, prompt=PROMPTS, **given, **({} if flow else ETA)))
     torch.manual_seed(1)
     noises = [torch.randn(last.shape, dtype=last.dtype) for _ in range(STEPS + 1)]
     state: dict[str, Tensor] = {}
-    path = [noises[0], *states]
     with torch.no_grad():
-        for t, x, noise, following in zip(
-            model.timesteps, path[:-1], noises[1:], path[1:], strict=True
+        for t, output, x, noise, following in zip(
+            model.timesteps, outputs, states, noises[1:], [*states[1:], last], strict=True
         ):
+            step = model.schedule[t]
+            found = model.denoiser(x.float(), step.timestep, step.input_scale, {})
+            assert_same(found, output.float(), 3e-2)
             model._write(state, t, x.float())
-            law = model.kernel(state, t).base_dist
-            assert law.loc.dtype == state["x0_hat"].dtype == torch.float32
-            assert_same(law.loc + law.scale * noise, following.float(), 2e-2)
+            law = model.kernel(state, t)
+            assert law.mean.dtype == state["x0_hat"].dtype == torch.float32
+            # the last step of flow matching is deterministic
+            assert_same(law.mean + law.variance.sqrt() * noise, following.float(), 2e-2)
         images = model.decode(last.float())
-        expected = pipe.vae.decode(last / pipe.vae.config.scaling_factor).sample
+        shift = pipe.vae.config.shift_factor if flow else 0.0
+        expected = pipe.vae.decode(last / pipe.vae.config.scaling_factor + shift).sample
     assert images.dtype == torch.float32
     assert_same(images, (expected.float() / 2 + 0.5).clamp(0, 1), 2e-2)
+
+
+def recorded(pipe: Any, kind: str) -> tuple[list[Tensor], list[Tensor]]:
+    """What the scheduler's step will be given: the network's outputs, guided, and the states."""
+    own, outputs, states = pipe.scheduler.step, list[Tensor](), list[Tensor]()
+
+    def step(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+        outputs.append(unpacked(pipe, kind, output))
+        states.append(unpacked(pipe, kind, sample))
+        return own(output, timestep, sample, *args, **options)
+
+    step.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    pipe.scheduler.step = step
+    return outputs, states
+
+
+def unpacked(pipe: Any, kind: str, latents: Tensor) -> Tensor:
+    if kind != "flux" or latents.dim() == 4:
+        return latents
+    found: Tensor = pipe._unpack_latents(latents, 16, 16, pipe.vae_scale_factor)
+    return found
 
 
 # Starts from an image
@@ -317,6 +405,34 @@ def test_image_to_image(kind: str, strength: float) -> None:
     expected = theirs(pipe, prompt=PROMPTS, image=image, images=True, **call)
     model = made(pipe, PROMPTS, image=image, eta=1e-7 if flow else 1.0, **options)
     assert len(model.timesteps) == {0.5: 2 if flow else 1, 1.0: 3}[strength]
+    assert_same(model.decode(ours(model)), expected)
+
+
+@pytest.fixture
+def certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VAE that returns its mean, so that pipelines draw nothing but the noise that is added."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Law
+
+    monkeypatch.setattr(Law, "sample", lambda self, generator=None: self.mean)
+
+
+MOMENTS = dict(latents_mean=[0.3, -0.2, 0.1, 0.5], latents_std=[0.5, 2.0, 1.5, 0.7])
+
+
+@pytest.mark.usefixtures("certain")
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+def test_pixels_are_encoded_as_the_pipeline_does(kind: str) -> None:
+    """With the VAE's scale and shift, and with the mean and scale by channel of SDXL's."""
+    name = pipe_of(kind).__class__.__name__.replace("Pipeline", "Img2ImgPipeline")
+    flow = kind in ("sd3", "flux")
+    pipe = pipes.PIPES[kind](name, **({"vae": pipes.vae(**MOMENTS)} if kind == "sdxl" else {}))
+    image = [torch.rand(3, 16, 16), torch.rand(3, 16, 16)]
+    options = dict(SHORT[kind], strength=0.7)
+    call = dict(options, height=16, width=16) if flow else dict(options, **ETA)
+    expected = theirs(pipe, prompt=PROMPTS, image=torch.stack(image), images=True, **call)
+    model = made(pipe, PROMPTS, image=image, eta=1e-7 if flow else 1.0, **options)
+    assert float(torch.as_tensor(model.start_std).min()) > 0
+    model.start_std = 0.0
     assert_same(model.decode(ours(model)), expected)
 
 
@@ -345,6 +461,20 @@ def test_image_to_image_of_pixels() -> None:
     assert (standard.var() - 1).abs() < 5 * (2 / 102_400) ** 0.5
 
 
+def test_starts_from_an_image_without_latents() -> None:
+    image = torch.rand(2, 3, 8, 8)
+    pipe = pipe_of("ddpm")
+    for given in (image[0], image[:1]):
+        model = made(pipe, image=given, strength=0.7)
+        law, first = model.initial(), model.schedule[2]
+        assert len(model.timesteps) == 2 and law.event_shape == (3, 8, 8)
+        assert torch.allclose(law.mean, first.alpha * (2 * image[0] - 1), atol=1e-6)
+        assert torch.allclose(law.stddev, torch.tensor(first.sigma))
+    with pytest.raises(ValueError, match="2 images for 1 prompts"):
+        made(pipe, image=image)
+
+
+@pytest.mark.usefixtures("certain")
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_inpainting(kind: str) -> None:
     name = pipe_of(kind).__class__.__name__.replace("Pipeline", "InpaintPipeline")
@@ -366,8 +496,13 @@ def test_inpainting(kind: str) -> None:
     )
     model = made(pipe, PROMPTS, eta=1.0, guidance_scale=2.0, **given)
     assert_same(ours(model), expected)
-    del given["masked_image_latents"]
-    assert torch.isfinite(ours(made(pipe, PROMPTS, eta=1.0, **given))).all()
+    # the rest of the image encoded, and a start from the image
+    given = dict(image=image, mask_image=mask, strength=0.7, guidance_scale=2.0, eta=1.0)
+    expected = theirs(pipe, prompt=PROMPTS, height=16, width=16, **given)
+    model = made(pipe, PROMPTS, **given)
+    assert len(model.timesteps) == 2
+    model.start_std = 0.0
+    assert_same(ours(model), expected)
     with pytest.raises(ValueError, match="give image and mask_image"):
         made(pipe, PROMPTS, eta=1.0)
     with pytest.raises(ValueError, match="does not take a mask"):
@@ -397,11 +532,124 @@ def test_other_schedulers_are_replaced(name: str, reason: str) -> None:
         with pytest.raises(ValueError, match=f"keep.*{name}.*{reason}"):
             made(pipe, "red fox", scheduler="keep")
         expected = diffusers.DDIMScheduler(
-            **given, prediction_type="v_prediction", clip_sample=False
+            **given,
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=name != "PNDMScheduler",
         )
         other = made(pipe, "red fox", scheduler=expected, eta=1.0)
         assert model.schedule.steps == other.schedule.steps
         assert type(pipe.scheduler).__name__ == name
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of numpy, in Heun
+@pytest.mark.parametrize(
+    "name",
+    ["HeunDiscreteScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"],
+)
+def test_replaced_schedulers_keep_the_noise_levels_of_their_defaults(name: str) -> None:
+    """``from_config`` drops what was not said, and DDIM's own defaults are another process."""
+    own = getattr(diffusers, name)()
+    with using(pipe_of("sd"), own) as pipe, pytest.warns(UserWarning, match="DDIM made from"):
+        model = made(pipe, "red fox")
+    assert len(model.timesteps) == STEPS
+    for step in model.schedule.steps:
+        assert step.alpha**2 == pytest.approx(float(own.alphas_cumprod[step.timestep]), rel=1e-5)
+
+
+def test_replaced_schedulers_step_from_timestep_to_timestep() -> None:
+    """DDIM goes back by a fixed stride; with evenly spaced points from both ends it would miss."""
+    own = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
+    with using(pipe_of("sd"), own) as pipe, pytest.warns(UserWarning, match="DDIM made from"):
+        steps = made(pipe, "red fox", num_inference_steps=4).schedule.steps
+    assert [step.timestep for step in steps] == [999, 749, 499, 249]
+    for step, following in zip(steps, steps[1:], strict=False):
+        # with eta = 1 the kernel's mean holds x_0 at the level that comes next
+        reached = step.x0_coef + step.x_coef * step.alpha
+        assert reached == pytest.approx(following.alpha, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("EDMEulerScheduler", {}),
+        ("EDMDPMSolverMultistepScheduler", {}),
+        ("IPNDMScheduler", {}),
+        # told the logarithm of the noise level
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}),
+    ],
+)
+def test_schedulers_that_nothing_stands_in_for_are_refused(
+    name: str, options: dict[str, Any]
+) -> None:
+    """DDIM with its own default noise levels would be no scheduler of the network's."""
+    with using(pipe_of("sd"), getattr(diffusers, name)(**options)) as pipe:
+        with pytest.raises(ValueError, match=f"{name} cannot be used.*give scheduler="):
+            made(pipe, "red fox")
+        assert made(pipe, "red fox", scheduler=diffusers.DDPMScheduler()).timesteps == (3, 2, 1)
+
+
+def test_tcd_without_noise() -> None:
+    with using(pipe_of("sd"), diffusers.TCDScheduler()) as pipe:
+        with pytest.warns(UserWarning, match="TCDScheduler is not used.*eta=0.*with eta=0.3"):
+            model = made(pipe, "red fox")
+        assert model.schedule.steps == made(pipe, "red fox", eta=0.3).schedule.steps
+
+
+def test_schedulers_of_the_wrong_family_are_refused() -> None:
+    for kind, scheduler in (
+        ("sd", diffusers.FlowMatchEulerDiscreteScheduler()),
+        ("sd3", diffusers.DDIMScheduler()),
+    ):
+        with pytest.raises(ValueError, match="one of them is of flow matching"):
+            made(pipe_of(kind), "red fox", scheduler=scheduler, **SHORT[kind])
+    with pytest.raises(ValueError, match="is no scheduler; give an instance"):
+        made(pipe_of("sd"), "red fox", scheduler=diffusers.DDIMScheduler)
+
+
+def test_solvers_of_flow_matching_are_replaced() -> None:
+    solver = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0
+    )
+    pipe = pipe_of("sd3")
+    with using(pipe, solver), pytest.warns(UserWarning, match="UniPC.*same marginals"):
+        model = made(pipe, "red fox", **SHORT["sd3"])
+    expected = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    other = made(pipe, "red fox", scheduler=expected, **SHORT["sd3"])
+    assert model.schedule.steps == other.schedule.steps
+
+
+@pytest.mark.parametrize("kind", ["pixart", "dit"])
+def test_a_variance_that_the_scheduler_does_not_take_is_dropped(kind: str) -> None:
+    """Also where the config, made from another scheduler's, still speaks of it."""
+    config = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False).config
+    scheduler = diffusers.DDIMScheduler.from_config(config)
+    options = SHORT.get(kind, {})
+    prompt: Any = 1 if kind == "dit" else "red fox"
+    model = made(pipe_of(kind), prompt, scheduler=scheduler, eta=1.0, **options)
+    assert ours(model).shape == LATENTS
+
+
+def test_timesteps_of_ones_own() -> None:
+    """They take the place of the pipeline's list, of which there would be two otherwise."""
+    levels = [0.9, 0.5, 0.2]
+    for sigmas in (levels, torch.tensor(levels)):
+        model = made(
+            pipe_of("flux"), "a cat", eta=1.0, timestep_options={"sigmas": sigmas}, **SHORT["flux"]
+        )
+        expected = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        expected.set_timesteps(sigmas=levels, mu=model.denoiser.network.adapter.shift(expected))
+        found = [step.sigma for step in model.schedule.steps]
+        assert found == pytest.approx(expected.sigmas[:-1].tolist(), abs=1e-6)
+    given = dict(timesteps=[800.0, 500.0, 100.0])
+    model = made(pipe_of("flux"), "a cat", eta=1.0, timestep_options=given, **SHORT["flux"])
+    expected.set_timesteps(timesteps=given["timesteps"], mu=0.459375)
+    assert [step.timestep for step in model.schedule.steps] == given["timesteps"]
+    found = [step.sigma for step in model.schedule.steps]
+    assert found == pytest.approx(expected.sigmas[:-1].tolist(), abs=1e-6)
+    model = made(pipe_of("ddpm"), timestep_options=dict(timesteps=torch.tensor([900, 500, 1])))
+    assert [step.timestep for step in model.schedule.steps] == [900, 500, 1]
 
 
 def test_flow_schedulers_are_made_stochastic() -> None:
@@ -568,6 +816,7 @@ FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
 ]
 
 
@@ -576,7 +825,7 @@ def small(network: Small, **options: Any) -> GaussianDiffusion:
     return GaussianDiffusion(network, scheduler, (1, 2, 2), num_inference_steps=2, **options)
 
 
-@pytest.mark.parametrize("error", FULL, ids=["cuda", "mps", "cpu"])
+@pytest.mark.parametrize("error", FULL, ids=["cuda", "mps", "cpu", "cublas"])
 def test_memory_that_runs_out(error: Exception) -> None:
     network = Small(3, error)
     model = small(network)
@@ -591,6 +840,27 @@ def test_memory_that_runs_out(error: Exception) -> None:
     assert network.sizes == [13, 6, 3, 3, 3, 3, 1] + [3, 3, 3, 3, 1]
     assert model.denoiser.chunk_size == 3
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_chunks_that_are_done_are_not_run_again() -> None:
+    """Memory runs out in the middle of a batch, as when something else takes a part of it."""
+    network = Small(4, FULL[0])
+    model, reference = small(network, chunk_size=4), small(Small(100, FULL[0]))
+    asked = network.forward
+
+    def forward(x: Tensor, timestep: Any = None) -> Tensor:
+        network.room = 2 if len(network.sizes) == 1 else network.room
+        return asked(x, timestep)
+
+    network.forward = forward  # type: ignore[method-assign]
+    with pyro.plate("particles", 10), torch.no_grad():
+        torch.manual_seed(0)
+        with pytest.warns(UserWarning, match="memory ran out with 4 rows.*chunk_size=2"):
+            found = model()
+        torch.manual_seed(0)
+        expected = reference()
+    assert network.sizes == [4, 4, 2, 2, 2] + [2] * 5
+    assert torch.equal(found, expected)
 
 
 def test_memory_of_the_decoder() -> None:
@@ -610,8 +880,9 @@ def test_errors_that_are_not_of_memory() -> None:
             warnings.simplefilter("ignore")
             with pytest.raises(RuntimeError, match="no kernel image|out of memory"):
                 model()
-    with pytest.raises(ValueError, match="decode_chunk_size=0"):
-        small(Small(3, FULL[0]), decode_chunk_size=0)
+    for size in (0, 1.5):
+        with pytest.raises(ValueError, match=f"decode_chunk_size={size} is not"):
+            small(Small(3, FULL[0]), decode_chunk_size=size)
 
 
 def test_chunks_of_the_decoder_keep_gradients() -> None:
@@ -685,6 +956,14 @@ def test_weights_of_a_half_precision_network(dtype: torch.dtype) -> None:
     assert torch.allclose(result.log_weights, expected, rtol=0, atol=1e-3)
 
 
+def test_mean_and_scale_by_channel() -> None:
+    """Some VAEs of SDXL have them in place of one scale."""
+    pipe = pipes.stable_diffusion_xl(vae=pipes.vae(**MOMENTS))
+    expected = theirs(pipe, prompt=PROMPTS, images=True, **ETA)
+    model = made(pipe, PROMPTS, **ETA)
+    assert_same(model.decode(ours(model)), expected)
+
+
 def overflowing(force_upcast: bool) -> Any:
     """An SDXL pipeline whose VAE leaves the range of float16 inside, but not float32's."""
     pipe = pipes.stable_diffusion_xl(vae=pipes.vae(force_upcast=force_upcast))
@@ -705,6 +984,26 @@ def test_vae_that_overflows() -> None:
     pipe.vae.to(torch.float16)
     with pytest.raises(ValueError, match="float16 overflowed"):
         made(pipe, "red fox", eta=1.0).decode(x)
+
+
+def test_vae_that_overflows_when_it_encodes() -> None:
+    found = []
+    options = dict(image=torch.rand(3, 16, 16), strength=0.7, eta=1.0)
+    for force_upcast in (True, False):
+        pipe = pipes.stable_diffusion_xl(
+            "StableDiffusionXLImg2ImgPipeline", vae=pipes.vae(force_upcast=force_upcast)
+        )
+        with torch.no_grad():
+            pipe.vae.encoder.conv_in.weight.mul_(1e5)
+        found.append(made(pipe, "red fox", **options).initial().mean)
+        pipe.vae.to(torch.float16)
+        if force_upcast:
+            found.append(made(pipe, "red fox", **options).initial().mean)
+            assert pipe.vae.dtype == torch.float16
+        else:
+            with pytest.raises(ValueError, match="float16 overflowed"):
+                made(pipe, "red fox", **options)
+    assert_same(found[1], found[0], 5e-2)  # the weights were rounded to float16
 
 
 # Micro-conditioning, guidance that is an input, kinds of one's own
@@ -795,6 +1094,8 @@ def test_a_kind_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         made(pipe, ["ab"], levels=0.1)
     with pytest.raises(ValueError, match="no start from an image"):
         made(pipe, "ab", image=torch.zeros(3, 8, 8))
+    register_pipeline(MyPipeline, lambda pipe, **options: MyAdapter(pipe, **options))
+    assert torch.allclose(ours(made(pipe, "ab", level=0.2))[0], torch.tensor(0.4))
     with pytest.raises(ValueError, match="adapter=3"):
         register_pipeline("Other", 3)  # type: ignore[arg-type]
     assert pipelines.register_pipeline is register_pipeline
@@ -809,14 +1110,29 @@ def test_a_kind_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sd", dict(prompt=None), "prompt=None; .* takes a prompt or a list"),
         ("sd", dict(prompt=[]), r"prompt=\[\]"),
         ("sd", dict(prompt=["a", 3]), "not a string"),
+        ("sd", dict(prompt=deque(["a", "b"])), "takes a prompt or a list"),
+        ("sd", dict(negative_prompt=3), "negative_prompt=3; give a string"),
+        ("sd", dict(num_inference_steps=2.5), "num_inference_steps=2.5 is not"),
+        ("flux", dict(num_inference_steps=0), "num_inference_steps=0 is not"),
+        ("sd", dict(height=0), "height=0 is not a positive integer"),
+        ("sd", dict(width=16.0), "width=16.0 is not a positive integer"),
+        ("sd", dict(guidance_scale="7.5"), "guidance_scale='7.5'; give a number"),
+        ("sd", dict(guidance_scale=float("nan")), "guidance_scale=nan is not finite"),
+        ("sd", dict(image=torch.zeros(5, 16, 16)), "image has 5 channels"),
+        ("sd", dict(image=torch.full((3, 16, 16), 255.0)), "values from 509 to 509 .* give images"),
+        ("sd", dict(image=torch.zeros(*LATENTS), strength="1"), r"outside \(0, 1\]"),
+        ("sdxl", dict(original_size=16), "a size or a corner is 16"),
+        ("sdxl", dict(negative_target_size=(4, 4)), "give both or neither"),
+        ("dit", dict(prompt=True), "prompt=True is no class"),
         ("sd", dict(prompt=["a", "cat"], negative_prompt=["bad"]), "1 entries for 2 prompts"),
         ("sd", dict(height=15), "height=15 is not divisible by 2, .* try 14 or 16"),
         ("flux", dict(width=18), "width=18 is not divisible by 4"),
+        ("flux", dict(true_cfg_scale=[2.0]), r"true_cfg_scale=\[2.0\]; give one number"),
         ("sd3", dict(height=18), "height=18 is not divisible by 4"),
         ("sd", dict(guidance=2.0), "no option 'guidance'.*clip_skip"),
         ("sd", dict(guidance_scale=[1.0, 2.0]), "guidance_scale has shape"),
         ("sd", dict(strength=0.5), "strength=0.5 is for a start"),
-        ("sd", dict(image=torch.zeros(*LATENTS), strength=0.1), "leaves none of the 3 steps"),
+        ("sd", dict(image=torch.zeros(*LATENTS), strength=0.1), "of the 3 steps; try 0.34"),
         ("sd", dict(image=torch.zeros(*LATENTS), strength=1.5), r"outside \(0, 1\]"),
         ("sd", dict(image=torch.zeros(2, *LATENTS)), "2 images for 1 prompts"),
         ("sdxl", dict(prompt_2=["a", "b"]), "prompt_2 has 2 entries for 1 prompts"),

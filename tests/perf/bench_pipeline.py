@@ -292,13 +292,11 @@ def run_case(name: str, settings: dict[str, Any]) -> None:
     prompts = settings["prompts"] or PROMPTS
     call = call_of(pipe, prompts, particles, steps)
     known = {"use_resolution_binning", "clean_caption"} & set(call)
-    eta = None if type(pipe.scheduler).__name__.startswith("DDPM") else 1.0
     with torch.no_grad():
         model = GaussianDiffusion.from_pipeline(
             pipe,
             prompts_of(pipe, prompts),
             num_inference_steps=steps,
-            eta=eta,
             chunk_size=settings["chunk_size"],
             decode_chunk_size=settings["decode_chunk_size"],
             **{option: call[option] for option in known},
@@ -396,7 +394,7 @@ def main() -> None:
     }  # fmt: skip
     print(
         f"{'':12} {'rows':>5} {'pipeline':>10} {'ours':>10} {'ratio':>24} {'outside':>12} "
-        f"{'VAE':>6} {'peak':>10}"
+        f"{'calls':>6} {'VAE':>6} {'reward':>6} {'peak':>10}"
     )
     rows = []
     for name in names:
@@ -407,7 +405,8 @@ def main() -> None:
             f"{name:12} {row['rows']:5} {row['pipeline_ms']:7.1f} ms {row['ms']:7.1f} ms "
             f"{row['ratio']:.3f} {spread} "
             f"{row['pipeline_outside_ms']:5.1f} {row['outside_ms']:5.1f} "
-            f"{row['vae_share']:6.1%} {row['peak_mib']:6.0f} MiB  {row['device']}",
+            f"{row['network_calls']:6} {row['vae_share']:6.1%} {row['reward_share']:6.1%} "
+            f"{row['peak_mib']:6.0f} MiB  {row['device']}",
             flush=True,
         )
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -419,6 +419,26 @@ def test_each_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(one.towers.model is model for one in rewards)
 
 
+@pytest.mark.parametrize("kind", ["pickscore", "imagereward", "ensemble"])
+def test_remembered_scores_are_those_of_their_prompt(kind: str) -> None:
+    """Equal images under different prompts are different samples, also for a cache."""
+    reward: Any = (
+        ensemble([make("pickscore", cache=True), make("aesthetic")], cache=True)
+        if kind == "ensemble"
+        else make(kind, cache=True)
+    )
+    plain: Any = ensemble([make("pickscore"), make("aesthetic")]) if kind == "ensemble" else None
+    plain, batch = plain or make(kind), images()
+    reward(batch)
+    rewards = [reward, *per_prompt(reward, ["a blue boat", "a photo"])]
+    expected = [plain, *per_prompt(plain, ["a blue boat", "a photo"])]
+    for _ in range(2):
+        for one, other in zip(rewards, expected, strict=True):
+            assert torch.allclose(one(batch), other(batch), atol=1e-6)
+    assert [one.num_calls for one in rewards] == [3, 3, 3]
+    assert len({round(float(one(batch)[0]), 5) for one in rewards}) == 3
+
+
 def test_arguments_in_the_wrong_order_are_refused() -> None:
     model, processor = clip_model(), clip_processor()
     with pytest.raises(ValueError, match="CLIPProcessor has no .*vision_model.*first"):
@@ -437,6 +457,8 @@ def test_arguments_in_the_wrong_order_are_refused() -> None:
         make("pickscore", input="numpy")
     with pytest.raises(RewardError, match=r"values in \[0, 1\]"):
         make("pickscore")(2 * images())
+    with pytest.raises(RewardError, match="holds a Tensor; give PIL images, or one tensor"):
+        make("pickscore")(list(images()))
 
 
 # Ensembles
@@ -617,6 +639,19 @@ def test_rewards_by_name(tmp_path: Path) -> None:
     assert isinstance(reward, PickScore) and reward.name == "pickscore"
     with pytest.raises(ValueError, match="missing a required argument: 'prompt'"):
         preference_reward("pickscore")
+    # before anything is loaded, for which there is nothing here
+    for name, given in (("pickscore", {}), ("clipscore", {}), ("imagereward", {"model": "x/y"})):
+        with pytest.raises(ValueError, match="no option 'chunk'; .* it has .*chunk_size"):
+            preference_reward(name, prompt=PROMPT, chunk=3, **given)
+    with pytest.raises(ValueError, match="no option 'chunk'"):
+        preference_reward("aesthetic", head="x/y", chunk=3)
+    assert (
+        preference_reward(
+            "clipscore", prompt=PROMPT, model=str(tmp_path), prefix="", chunk_size=2, cache=True
+        )(images())
+        .isfinite()
+        .all()
+    )
 
 
 # Published checkpoints
@@ -811,3 +846,7 @@ def test_the_tiny_decoder(tmp_path: Path) -> None:
         TinyDecoder(autoencoder.train())
     x = latents.clone().requires_grad_()
     assert TinyDecoder(autoencoder.eval())(x).requires_grad
+    autoencoder.register_to_config(scaling_factor=2.0, shift_factor=0.5)
+    with torch.no_grad():
+        expected = (autoencoder.decode(latents / 2 + 0.5).sample / 2 + 0.5).clamp(0, 1)
+        assert torch.allclose(TinyDecoder(autoencoder)(latents), expected, atol=1e-6)

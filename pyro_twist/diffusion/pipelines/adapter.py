@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,14 @@ from torch import Tensor
 
 from pyro_twist.diffusion.pipelines import latents
 
-__all__ = ["Conditioning", "LatentAdapter", "PipelineAdapter", "PipelineDenoiser"]
+__all__ = [
+    "Conditioning",
+    "LatentAdapter",
+    "PipelineAdapter",
+    "PipelineDenoiser",
+    "at_least_one",
+    "repeated",
+]
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class PipelineAdapter:
         :raises ValueError: If the pipeline does not take it.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, Sequence) or not len(prompts):
+        if not isinstance(prompts, (list, tuple)) or not prompts:
             raise ValueError(f"prompt={prompt!r}; {self.name} takes a prompt or a list of prompts")
         if not all(isinstance(one, str) for one in prompts):
             raise ValueError(f"prompt={prompt!r} holds something that is not a string")
@@ -93,15 +100,7 @@ class PipelineAdapter:
         :param int number: The number of prompts.
         :raises ValueError: If the pipeline does not take it.
         """
-        if negative is None:
-            return None
-        found = [negative] * number if isinstance(negative, str) else list(negative)
-        if len(found) != number:
-            raise ValueError(
-                f"negative_prompt has {len(found)} entries for {number} prompts; give one, or one "
-                "for each"
-            )
-        return found
+        return repeated(negative, number, "negative_prompt")
 
     def guidance(self, scale: Any) -> Any:
         """
@@ -209,9 +208,12 @@ class LatentAdapter(PipelineAdapter):
         super().__init__(pipe)
         scale = self.scale
         usual = [side * scale for side in self.sample_size]
-        self.height, self.width = height or usual[0], width or usual[1]
+        self.height = usual[0] if height is None else height
+        self.width = usual[1] if width is None else width
         unit = scale * self.patch
         for side, given in (("height", self.height), ("width", self.width)):
+            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+                raise ValueError(f"{side}={given!r} is not a positive integer")
             if given % unit:
                 lower = given // unit * unit
                 raise ValueError(
@@ -267,6 +269,14 @@ class LatentAdapter(PipelineAdapter):
         if processor is None:
             raise ValueError(f"{self.name} has no image_processor, so no start from an image")
         pixels: Tensor = processor.preprocess(image, height=self.height, width=self.width)
+        channels = self.pipe.vae.config.get("in_channels", 3)
+        if pixels.shape[1] != channels or pixels.abs().max() > 1 + 1e-3:
+            low, high = pixels.aminmax()
+            raise ValueError(
+                f"image has {pixels.shape[1]} channels, and values from {low:.3g} to {high:.3g} "
+                f"after preprocessing; give images with {channels} channels and values in [0, 1], "
+                f"or latents of shape {self.event_shape}"
+            )
         return pixels
 
     def is_latents(self, image: Any) -> bool:
@@ -279,13 +289,13 @@ class PipelineDenoiser(torch.nn.Module):
     The network of a pipeline, as a denoiser of :class:`~pyro_twist.diffusion.GaussianDiffusion`.
 
     :param PipelineAdapter adapter: How it is called.
-    :param bool learned: Whether the scheduler takes a learned variance from the output.
     """
 
-    def __init__(self, adapter: PipelineAdapter, learned: bool) -> None:
+    def __init__(self, adapter: PipelineAdapter) -> None:
         super().__init__()
-        self.network = adapter.network
-        self.adapter, self.learned = adapter, learned
+        self.network, self.adapter = adapter.network, adapter
+        #: Whether the process takes a learned variance from the output.
+        self.learned = False
 
     @property
     def placement(self) -> tuple[torch.device, torch.dtype]:
@@ -311,6 +321,27 @@ def at_least_one(scale: Any) -> Any:
     if isinstance(scale, Tensor):
         return scale.clamp(min=1.0) if (scale > 1).any() else 1.0
     return max(float(scale), 1.0)
+
+
+def repeated(texts: Any, number: int, name: str) -> list[str] | None:
+    """
+    One text per prompt, or ``None`` for none.
+
+    :param texts: One text, or one per prompt.
+    :param int number: The number of prompts.
+    :param str name: What the user calls them, for messages.
+    :raises ValueError: If it is something else.
+    """
+    if texts is None:
+        return None
+    found = [texts] * number if isinstance(texts, str) else texts
+    if not isinstance(found, (list, tuple)) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"{name}={texts!r}; give a string, or a list of one for each prompt")
+    if len(found) != number:
+        raise ValueError(
+            f"{name} has {len(found)} entries for {number} prompts; give one, or one for each"
+        )
+    return list(found)
 
 
 def _pair(size: Any) -> tuple[int, int]:

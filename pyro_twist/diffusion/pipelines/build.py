@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ def build(
     :param dict options: The options that are the kind's own.
     """
     kind = _find(pipe)
+    _check_steps(num_inference_steps)
     adapter = kind(pipe, **_known(kind, pipe, {**options, "image": image}))
     _check_components(adapter)
     prompts = adapter.read_prompts(prompt)
@@ -96,14 +98,13 @@ def build(
     with torch.no_grad():
         conditioning = adapter.encode(prompts, negatives, guided)
     chosen = choose_scheduler(pipe.scheduler, scheduler, eta)
-    given = {**adapter.timestep_options(chosen, num_inference_steps), **(timestep_options or {})}
-    listed = given.get("sigmas") or given.get("timesteps")
-    learned = chosen.config.get("variance_type") in ("learned", "learned_range")
+    given, listed = _timesteps(adapter, chosen, num_inference_steps, timestep_options or {})
+    denoiser = PipelineDenoiser(adapter)
     model = cls(
-        PipelineDenoiser(adapter, learned),
+        denoiser,
         chosen,
         adapter.event_shape,
-        num_inference_steps=None if listed else num_inference_steps,
+        num_inference_steps=num_inference_steps if listed is None else None,
         eta=eta,
         guidance_scale=scale,
         plate=plate,
@@ -112,8 +113,9 @@ def build(
         decoder=adapter.decode,
         timestep_options=given,
         **_tensors(conditioning, plate),
-        **_start(adapter, image, strength, len(listed or range(num_inference_steps)), plate),
+        **_start(adapter, image, strength, listed or num_inference_steps, plate),
     )
+    denoiser.learned = model.schedule.learned_variance is not None
     model.prompts = tuple(str(one) for one in prompts)
     return model
 
@@ -136,12 +138,14 @@ def _find(pipe: Any) -> Callable[..., PipelineAdapter]:
 
 def _known(kind: Callable[..., Any], pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given, checked against the names that the kind has."""
-    names = [name for name in inspect.signature(kind).parameters if name != "pipe"]
+    parameters = inspect.signature(kind).parameters
+    names = [name for name in parameters if name != "pipe"]
     given = {name: value for name, value in options.items() if value is not None}
     if "image" not in names:
         given.pop("image", None)  # for a start from it, which any kind may have
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     unknown = [name for name in given if name not in names]
-    if unknown:
+    if unknown and not takes_all:
         raise ValueError(
             f"{type(pipe).__name__} has no option {', '.join(map(repr, unknown))} here; it has "
             f"{', '.join(names) or 'none'}"
@@ -160,11 +164,42 @@ def _check_components(adapter: PipelineAdapter) -> None:
         )
 
 
+def _check_steps(number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"num_inference_steps={number!r} is not a positive integer")
+
+
+def _timesteps(
+    adapter: PipelineAdapter, scheduler: Any, number: int, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], int | None]:
+    """The arguments of ``set_timesteps``, and how many steps they list, if they list them."""
+    lists = ("timesteps", "sigmas")
+    own = adapter.timestep_options(scheduler, number)
+    if any(options.get(name) is not None for name in lists):
+        own = {name: value for name, value in own.items() if name not in lists}
+    given = {**own, **{name: _as_list(value) for name, value in options.items()}}
+    found = [len(given[name]) for name in lists if given.get(name) is not None]
+    return given, found[0] if found else None
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _scales(scale: Any, plate: tuple[str, int] | None) -> Any:
     """A number, a tensor with one entry per prompt, or ``None``."""
-    if scale is None or isinstance(scale, (int, float)):
+    if scale is None:
+        return None
+    try:
+        scales = torch.as_tensor(scale, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"guidance_scale={scale!r}; give a number, or one per entry of a list of prompts"
+        ) from error
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError(f"guidance_scale={scale!r} is not finite")
+    if isinstance(scale, (int, float)):
         return scale
-    scales = torch.as_tensor(scale, dtype=torch.get_default_dtype())
     if scales.dim() and scales.shape != (0 if plate is None else plate[1],):
         raise ValueError(
             f"guidance_scale has shape {tuple(scales.shape)}; give a number, or one per entry of a "
@@ -198,12 +233,13 @@ def _start(
             )
         return {}
     strength = adapter.default("strength", 0.8) if strength is None else strength
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength} is outside (0, 1]")
+    if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise ValueError(f"strength={strength!r} is outside (0, 1]")
     time = adapter.start_time(number, strength)
     if time < 1:
+        enough = math.ceil(100 / number) / 100
         raise ValueError(
-            f"strength={strength} leaves none of the {number} steps; try {1 / number:.2g} or more"
+            f"strength={strength} leaves none of the {number} steps; try {enough:g} or more"
         )
     if adapter.starts_from_noise(strength):
         return {}

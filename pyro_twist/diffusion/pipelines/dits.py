@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class DiT(LatentAdapter):
 
     def read_prompts(self, prompt: Any) -> list[int]:
         """The classes as indices."""
-        given = [prompt] if isinstance(prompt, (str, int)) else prompt
+        given = [prompt] if isinstance(prompt, (str, Integral)) else prompt
         if not isinstance(given, (list, tuple)) or not given:
             raise ValueError(f"prompt={prompt!r}; {self.name} takes a class or a list of classes")
         return [self._index(one) for one in given]
@@ -132,8 +133,9 @@ class DiT(LatentAdapter):
 
     def _index(self, label: Any) -> int:
         index = self.pipe.labels.get(label) if isinstance(label, str) else label
-        if isinstance(index, int) and 0 <= index < self._number:
-            return index
+        is_index = isinstance(index, Integral) and not isinstance(index, bool)
+        if is_index and 0 <= index < self._number:
+            return int(index)
         names = ", ".join(list(self.pipe.labels)[:4])
         raise ValueError(
             f"prompt={label!r} is no class of {self.name}; give an index from 0 to "

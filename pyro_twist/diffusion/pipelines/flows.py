@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyro_twist.diffusion.pipelines.adapter import Conditioning, LatentAdapter, at_least_one
-from pyro_twist.diffusion.pipelines.unets import repeated
+from pyro_twist.diffusion.pipelines.adapter import (
+    Conditioning,
+    LatentAdapter,
+    at_least_one,
+    repeated,
+)
 
 __all__ = ["FlowAdapter", "Flux", "StableDiffusion3"]
 
@@ -29,8 +34,6 @@ class FlowAdapter(LatentAdapter):
 
     component = "transformer"
     patch = 2
-    #: The largest shift of the timesteps where the scheduler's config does not say.
-    max_shift = 1.15
 
     def start_time(self, number: int, strength: float) -> int:
         """How many steps are run for a start from an image."""
@@ -40,7 +43,7 @@ class FlowAdapter(LatentAdapter):
         """The shift of the timesteps, linear in the number of patches."""
         config = scheduler.config
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", self.max_shift)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         patches = self.event_shape[1] * self.event_shape[2] // self.patch**2
         slope = (high - low) / (many - few)
         return float(low + slope * (patches - few))
@@ -62,8 +65,6 @@ class StableDiffusion3(FlowAdapter):
     :param dict joint_attention_kwargs: Passed to the network's attention.
     :param float mu: The shift of the timesteps, for schedulers that take it.
     """
-
-    max_shift = 1.16
 
     def __init__(
         self,
@@ -155,6 +156,8 @@ class Flux(FlowAdapter):
         joint_attention_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(pipe, height=height, width=width)
+        if not isinstance(true_cfg_scale, (int, float)) or not math.isfinite(true_cfg_scale):
+            raise ValueError(f"true_cfg_scale={true_cfg_scale!r}; give one number for all prompts")
         self.prompt_2, self.negative_prompt_2 = prompt_2, negative_prompt_2
         self.true_cfg_scale = true_cfg_scale
         self.max_sequence_length = max_sequence_length

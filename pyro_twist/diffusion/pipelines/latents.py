@@ -40,11 +40,7 @@ def decode(vae: Any, x: Tensor, upcasts: bool) -> Tensor:
     with _in_float32(vae, upcasts and half and bool(vae.config.force_upcast)):
         given = (x * scale + shift).to(device_of(vae), vae.dtype)
         images: Tensor = vae.decode(given, return_dict=False)[0]
-    if half and not bool(torch.isfinite(images).all()):
-        raise ValueError(
-            f"{type(vae).__name__} in float16 overflowed; run it in a wider type, as by "
-            "pipe.vae.to(torch.float32) or pipe.vae.to(torch.bfloat16)"
-        )
+    _check_overflow(vae, images)
     return images.to(x.device).float()
 
 
@@ -58,14 +54,24 @@ def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     :returns: Mean and standard deviation of independent Gaussians, in float32; 0 for a VAE
         without variance.
     :rtype: tuple
+    :raises ValueError: If float16 overflows.
     """
     with _in_float32(vae, bool(vae.config.get("force_upcast", False))):
         output = vae.encode(pixels.to(device_of(vae), vae.dtype))
         law = getattr(output, "latent_dist", None)
         mean = (output.latents if law is None else law.mean).float()
         std = torch.zeros_like(mean) if law is None else law.std.float()
+    _check_overflow(vae, mean)
     shift, scale = _affine(vae, mean)
     return (mean - shift) / scale, std / scale
+
+
+def _check_overflow(vae: Any, output: Tensor) -> None:
+    if vae.dtype == torch.float16 and not bool(torch.isfinite(output).all()):
+        raise ValueError(
+            f"{type(vae).__name__} in float16 overflowed; run it in a wider type, as by "
+            "pipe.vae.to(torch.float32) or pipe.vae.to(torch.bfloat16)"
+        )
 
 
 def _affine(vae: Any, like: Tensor) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_twist.diffusion.pipelines import latents
-from pyro_twist.diffusion.pipelines.adapter import Conditioning, LatentAdapter
+from pyro_twist.diffusion.pipelines.adapter import Conditioning, LatentAdapter, repeated
 
 __all__ = ["StableDiffusion", "StableDiffusionXL"]
 
@@ -207,13 +207,15 @@ class StableDiffusionXL(StableDiffusion):
         )
         self.prompt_2, self.negative_prompt_2 = prompt_2, negative_prompt_2
         size = (self.height, self.width)
-        self.sizes = (*(original_size or size), *crops_coords_top_left, *(target_size or size))
+        self.sizes = _sizes(original_size or size, crops_coords_top_left, target_size or size)
         self.negative_sizes = self.sizes
-        if negative_original_size is not None and negative_target_size is not None:
-            self.negative_sizes = (
-                *negative_original_size,
-                *negative_crops_coords_top_left,
-                *negative_target_size,
+        if (negative_original_size is None) != (negative_target_size is None):
+            raise ValueError(
+                "negative_original_size and negative_target_size go together; give both or neither"
+            )
+        if negative_original_size is not None:
+            self.negative_sizes = _sizes(
+                negative_original_size, negative_crops_coords_top_left, negative_target_size
             )
 
     def encode(self, prompts: list[Any], negatives: list[str] | None, guided: bool) -> Conditioning:
@@ -262,11 +264,11 @@ class StableDiffusionXL(StableDiffusion):
         return pooled.new_tensor(sizes).expand(len(pooled), -1)
 
 
-def repeated(texts: Any, number: int, name: str) -> list[str] | None:
-    """One text per prompt, or ``None``."""
-    if texts is None:
-        return None
-    found = [texts] * number if isinstance(texts, str) else list(texts)
-    if len(found) != number:
-        raise ValueError(f"{name} has {len(found)} entries for {number} prompts; give one for each")
-    return found
+def _sizes(*pairs: Any) -> tuple[int, ...]:
+    """The entries of pairs of numbers, one after another."""
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(
+                f"a size or a corner is {pair!r}; give two numbers, height or top first"
+            )
+    return tuple(number for pair in pairs for number in pair)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -188,6 +189,29 @@ def tokenizer_of(processor: Any) -> Any:
     :param processor: Either.
     """
     return getattr(processor, "tokenizer", processor)
+
+
+def check_options(cls: type, options: Mapping[str, Any]) -> None:
+    """
+    Checks the names of options before anything is loaded.
+
+    :param type cls: The class that takes them.
+    :param options: The options.
+    :raises ValueError: If there is one that it does not take.
+    """
+    makers = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+    known = [
+        name
+        for maker in makers
+        for name, one in inspect.signature(maker).parameters.items()
+        if one.kind is one.KEYWORD_ONLY
+    ]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__} has no option {', '.join(map(repr, unknown))}; beside those of "
+            f"from_pretrained it has {', '.join(dict.fromkeys(known))}"
+        )
 
 
 def check_evaluating(network: nn.Module) -> None:

@@ -15,6 +15,7 @@ from pyro_twist.rewards.preference.base import (
     Prompts,
     at_least_float,
     check_evaluating,
+    check_options,
     tokenizer_of,
 )
 from pyro_twist.rewards.preference.clip import linear_head
@@ -155,6 +156,7 @@ class ImageReward(PreferenceReward):
         """
         from transformers import BlipConfig
 
+        check_options(cls, options)
         source = Source(revision, False, local_files_only)
         files = "config.json (a BlipConfig), model.safetensors and the tokenizer's files"
         with explained(cls.__name__, model, files):

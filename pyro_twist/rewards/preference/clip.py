@@ -17,6 +17,7 @@ from pyro_twist.rewards.preference.base import (
     Prompts,
     at_least_float,
     check_evaluating,
+    check_options,
     normalised,
     tokenizer_of,
 )
@@ -134,6 +135,7 @@ class CLIPReward(PreferenceReward):
         :returns: The reward.
         :raises OSError: If something is not found; the message says what a local folder needs.
         """
+        check_options(cls, options)
         model = _given(cls, model)
         beside = model if Path(model).is_dir() else cls.default_processor or model
         source = Source(revision, trust_remote_code, local_files_only)
@@ -318,6 +320,7 @@ class Aesthetic(PreferenceReward):
         :returns: The reward.
         :raises OSError: If something is not found; the message says what a local folder needs.
         """
+        check_options(cls, options)
         model = _given(cls, model)
         source = Source(revision, trust_remote_code, local_files_only)
         with explained(cls.__name__, model, _FILES):

@@ -112,6 +112,9 @@ class Preprocessing:
         :param images: ``B`` PIL images, of any sizes.
         :returns: In float32, of shape ``(B, 3, h, w)``.
         """
+        other = [type(image).__name__ for image in images if not hasattr(image, "convert")]
+        if other:
+            raise ValueError(f"a list of images holds a {other[0]}; give PIL images, or one tensor")
         if self.processor is not None:
             shown = [image.convert("RGB") for image in images]
             pixels: Tensor = self.processor(images=shown, return_tensors="pt")["pixel_values"]
