@@ -9,6 +9,11 @@ Small pretrained models that ship with the package, with a classifier and a judg
     model = zoo.load("emoji", label="Food & Drink")
     judge = zoo.judge("emoji")
 
+and a text-to-image model with a reward for how well a picture fits its prompt::
+
+    model = zoo.load("emoji-text", prompt="red apple")
+    reward = zoo.scorer("emoji-text", prompt="red apple")
+
 Every model is a folder in diffusers' format with its model card; the scripts that made them are in
 :mod:`pyro_twist.zoo.recipes`.
 """
@@ -22,14 +27,20 @@ from pyro_twist.zoo.catalogue import (
     load,
     load_folder,
     models,
+    pipeline,
+    scorer,
 )
 from pyro_twist.zoo.classifiers import Classifier
 from pyro_twist.zoo.data import Images
+from pyro_twist.zoo.judges import PromptJudge
+from pyro_twist.zoo.scorers import Fidelity
 
 __all__ = [
     "Classifier",
     "Entry",
+    "Fidelity",
     "Images",
+    "PromptJudge",
     "classifier",
     "entry",
     "images",
@@ -37,4 +48,6 @@ __all__ = [
     "load",
     "load_folder",
     "models",
+    "pipeline",
+    "scorer",
 ]

@@ -17,16 +17,34 @@ from pyro_twist.zoo.classifiers import Classifier, load_classifier
 from pyro_twist.zoo.data import Images, load_images
 
 if TYPE_CHECKING:
-    from pyro_twist.diffusion import GaussianDiffusion, MaskedDiffusion
+    from diffusers import StableDiffusionPipeline
 
-__all__ = ["Entry", "classifier", "entry", "images", "judge", "load", "load_folder", "models"]
+    from pyro_twist.diffusion import GaussianDiffusion, MaskedDiffusion
+    from pyro_twist.zoo.judges import PromptJudge
+    from pyro_twist.zoo.scorers import Fidelity
+
+__all__ = [
+    "Entry",
+    "classifier",
+    "entry",
+    "images",
+    "judge",
+    "load",
+    "load_folder",
+    "models",
+    "pipeline",
+    "scorer",
+]
 
 ROOT = Path(__file__).parent
 
 Label = str | int
-Kind = Literal["images", "molecules", "text", "antibodies"]
+Kind = Literal["images", "text-to-image", "molecules", "text", "antibodies"]
 
 _STEPS = 50
+_OF_STEPS = ("images", "text-to-image")
+# Whose pictures a model was trained on, where they are those of another one.
+_PICTURES = {"emoji-text": "emoji"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,9 @@ class Entry:
         for models without.
     :param tuple event_shape: Shape of a sample: channels, height, width of images; empty for
         sequences.
-    :param float guidance_scale: The guidance that gives the best samples of a class.
-    :param str kind: What the samples are: ``"images"``, ``"molecules"``, ``"text"`` or
-        ``"antibodies"``.
+    :param float guidance_scale: The guidance that gives the best samples of a class or a prompt.
+    :param str kind: What the samples are: ``"images"``, ``"text-to-image"`` for images of a
+        prompt, ``"molecules"``, ``"text"`` or ``"antibodies"``.
     :param int num_inference_steps: The usual number of steps; ``None`` for one position in a step.
     :param float temperature: The temperature of tokens that gives the best samples; for masked
         models.
@@ -126,6 +144,17 @@ def load(
 ) -> GaussianDiffusion: ...
 @overload
 def load(
+    name: Literal["emoji-text"],
+    *,
+    prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
+    scheduler: Literal["ddpm", "ddim"] = "ddpm",
+    **options: Any,
+) -> GaussianDiffusion: ...
+@overload
+def load(
     name: Literal["molecules", "text", "antiberty", "sapiens"],
     *,
     num_inference_steps: int | None = None,
@@ -157,9 +186,11 @@ def load(
 
     Images are a :class:`~pyro_twist.diffusion.GaussianDiffusion`. Molecules, texts and antibodies
     are a :class:`~pyro_twist.diffusion.MaskedDiffusion` that decodes to strings; label, guidance
-    and scheduler are for images only. A ``prompt`` fixes a part of a text or an antibody::
+    and scheduler are for images only. A ``prompt`` says what an image shows, or fixes a part of a
+    text or an antibody::
 
         zoo.load("emoji", label="Food & Drink")
+        zoo.load("emoji-text", prompt="red apple")
         zoo.load("text", prompt="the film was")
         zoo.load("antiberty", prompt="EVQLVESGGG____PGGSLRLSC", num_inference_steps=16)
 
@@ -175,7 +206,12 @@ def load(
     :param str scheduler: ``"ddpm"``, or ``"ddim"`` with ``eta=1``.
     :param options: More arguments of the model's class; for molecules and texts also those of
         :func:`~pyro_twist.zoo.sequences.load_sequences`, for antibodies those of
-        :func:`~pyro_twist.zoo.antibodies.load_antibodies`.
+        :func:`~pyro_twist.zoo.antibodies.load_antibodies`. For text-to-image ``prompt``, a list of
+        which opens the plate ``"prompts"``, ``negative_prompt``, and the other options of
+        :meth:`GaussianDiffusion.from_pipeline
+        <pyro_twist.diffusion.GaussianDiffusion.from_pipeline>`; without a prompt the samples are of
+        no prompt. Words that a model never saw are read in pieces of words: no error is raised,
+        and what the sample shows is the model's guess.
     :raises ValueError: If there is no such model, class or scheduler.
     :raises ImportError: If the model's weights or its decoder are not installed.
     """
@@ -183,6 +219,18 @@ def load(
     steps = num_inference_steps
     if steps is None and options.get("unmasking") != "uniform":
         steps = about.num_inference_steps
+    if about.kind == "text-to-image":
+        if label is not None:
+            raise ValueError(
+                f"label={label!r} is for models of classes, which {name!r} is not; give prompt"
+            )
+        return _load_text_to_image(
+            about,
+            guidance_scale=guidance_scale,
+            num_inference_steps=steps or _STEPS,
+            scheduler=scheduler,
+            **options,
+        )
     if about.kind != "images":
         _check_for_images_only(name, label, guidance_scale, scheduler)
         return _load_sequences(name, about, num_inference_steps=steps, **options)
@@ -194,6 +242,37 @@ def load(
         scheduler=scheduler,  # type: ignore[arg-type]
         **options,
     )
+
+
+def _load_text_to_image(
+    about: Entry,
+    *,
+    prompt: str | Sequence[str] | None = None,
+    guidance_scale: float | None,
+    scheduler: str,
+    **options: Any,
+) -> GaussianDiffusion:
+    from pyro_twist.diffusion import GaussianDiffusion
+
+    if guidance_scale is None:
+        guidance_scale = 1.0 if prompt is None else about.guidance_scale
+    return GaussianDiffusion.from_pipeline(
+        _load_pipeline(about.folder),
+        "" if prompt is None else prompt,
+        guidance_scale=guidance_scale,
+        scheduler=_load_scheduler(about.folder / "scheduler", scheduler),
+        **options,
+    )
+
+
+def pipeline(name: str) -> StableDiffusionPipeline:
+    """
+    The diffusers pipeline of a text-to-image model, in float32; nothing is downloaded.
+
+    :param str name: One of :func:`models`.
+    :raises ValueError: If it is no text-to-image model.
+    """
+    return _load_pipeline(_of_prompts(name).folder)
 
 
 def _check_for_images_only(name: str, label: Any, guidance_scale: Any, scheduler: str) -> None:
@@ -237,6 +316,8 @@ def load_folder(
 
     The other arguments are those of :func:`load`.
     """
+    from diffusers import UNet2DModel
+
     from pyro_twist.diffusion import GaussianDiffusion
 
     about = _read_entry(folder)
@@ -250,7 +331,7 @@ def load_folder(
     if guidance_scale is None:
         guidance_scale = 1.0 if label is None else about.guidance_scale
     return GaussianDiffusion(
-        _load_network(folder / "unet"),
+        _load_network(folder / "unet", UNet2DModel),
         _load_scheduler(folder / "scheduler", scheduler),
         about.event_shape,
         num_inference_steps=num_inference_steps,
@@ -271,13 +352,50 @@ def classifier(name: str) -> Classifier:
     return load_classifier(_of_images(name).folder / "classifier")
 
 
-def judge(name: str) -> Classifier:
+def scorer(name: str, prompt: str, **options: Any) -> Fidelity:
     """
-    A classifier built differently from :func:`classifier`, with the same interface, to measure what
-    a reward has led to. Do not optimise it.
+    The reward of a text-to-image model: how well a picture fits its prompt, in nats.
+
+    Another prompt for the same network is ``reward.with_prompt(prompt)``.
+
+    :param str name: One of :func:`models`.
+    :param str prompt: The prompt.
+    :param options: ``device``, and the options of :class:`~pyro_twist.zoo.Fidelity`.
+    :raises ValueError: If it is no text-to-image model.
+
+    Example::
+
+        reward = zoo.scorer("emoji-text", prompt="red apple")
+        reward(zoo.images("emoji").unit)
+    """
+    from pyro_twist.zoo.scorers import load_scorer
+
+    return load_scorer(_of_prompts(name).folder / "scorer", prompt, **options)
+
+
+@overload
+def judge(name: Literal["digits", "emoji"]) -> Classifier: ...
+@overload
+def judge(name: Literal["emoji-text"]) -> PromptJudge: ...
+@overload
+def judge(name: str) -> Any: ...
+
+
+def judge(name: str) -> Any:
+    """
+    What measures the result of a reward, built differently from what rewards are made of. Do not
+    optimise it.
+
+    Of images it is a classifier with the interface of :func:`classifier`; of text-to-image a
+    :class:`~pyro_twist.zoo.PromptJudge`, which knows the names of held-out pictures as well.
 
     :param str name: One of :func:`models`.
     """
+    about = entry(name)
+    if about.kind == "text-to-image":
+        from pyro_twist.zoo.judges import load_judge
+
+        return load_judge(about.folder / "judge")
     return load_classifier(_of_images(name).folder / "judge")
 
 
@@ -288,7 +406,7 @@ def images(name: str, held_out: bool | None = False) -> Images:
     :param str name: One of :func:`models`.
     :param bool held_out: Whether to return the held-out pictures; ``None`` returns all.
     """
-    everything = load_images(_of_images(name).folder / "images.npz")
+    everything = load_images(_of_images(_PICTURES.get(name, name)).folder / "images.npz")
     if held_out is None:
         return everything
     return everything.subset(everything.held_out == held_out)
@@ -304,7 +422,7 @@ def _read_entry(folder: Path) -> Entry:
         tuple(about.get("event_shape", ())),
         about.get("guidance_scale", 1.0),
         kind,
-        about.get("num_inference_steps", _STEPS if kind == "images" else None),
+        about.get("num_inference_steps", _STEPS if kind in _OF_STEPS else None),
         about.get("temperature", 1.0),
     )
 
@@ -316,12 +434,44 @@ def _of_images(name: str) -> Entry:
     return about
 
 
-def _load_network(folder: Path) -> torch.nn.Module:
-    from diffusers import UNet2DModel
+def _of_prompts(name: str) -> Entry:
+    about = entry(name)
+    if about.kind != "text-to-image":
+        raise ValueError(
+            f"name={name!r} is a model of {about.kind}; try a model of text-to-image, such as "
+            "'emoji-text'"
+        )
+    return about
+
+
+def _load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    from pyro_twist.zoo.sequences import quietly
+
+    with quietly():
+        from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    pipe = StableDiffusionPipeline(
+        vae=_load_network(folder / "vae", AutoencoderKL),
+        text_encoder=text_encoder.float().eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        unet=_load_network(folder / "unet", UNet2DConditionModel),
+        scheduler=_load_scheduler(folder / "scheduler", "ddpm"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _load_network(folder: Path, kind: Any) -> torch.nn.Module:
     from safetensors.torch import load_file
 
     # Not from_pretrained: it would need accelerate, and asks the hub about names that are no path.
-    network = UNet2DModel.from_config(UNet2DModel.load_config(folder, local_files_only=True))
+    network: torch.nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
     network.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     return network.float().eval().requires_grad_(False)
 

@@ -40,14 +40,10 @@ class Classifier(nn.Module):
 
         :param ~pathlib.Path folder: Where; it is made if need be.
         """
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
         config = {"type": type(self).__name__, **self.config}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        weights = {name: _halved(value) for name, value in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)
+        write_halved(self, folder / "model.safetensors")
 
 
 class ConvClassifier(Classifier):
@@ -164,6 +160,19 @@ def load_classifier(folder: Path) -> Classifier:
     classifier = kinds[config.pop("type")](**config)
     classifier.load_state_dict(load_file(folder / "model.safetensors"))
     return classifier.eval().requires_grad_(False)
+
+
+def write_halved(module: nn.Module, path: Path) -> None:
+    """
+    Writes the weights of a network in half precision.
+
+    :param torch.nn.Module module: The network.
+    :param ~pathlib.Path path: A safetensors file.
+    """
+    from safetensors.torch import save_file
+
+    save_file({name: _halved(value) for name, value in module.state_dict().items()}, path)
+    path.chmod(0o644)
 
 
 def _halved(value: Tensor) -> Tensor:

@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["Images", "load_images"]
+__all__ = ["Images", "load_images", "plain_prompt"]
+
+
+def plain_prompt(text: str) -> str:
+    """
+    A prompt or a name in small letters, without hyphens and colons, one space between words.
+
+    :param str text: As typed.
+    """
+    return " ".join(text.lower().replace("-", " ").replace(":", "").split())
 
 
 @dataclass(frozen=True)

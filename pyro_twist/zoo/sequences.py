@@ -71,7 +71,7 @@ def load_sequences(
     options.setdefault("decoder", SequenceDecoder(tokenizer, finish))
     options.setdefault("dtype", torch.float32)
     forbidden = (*_unknown(tokenizer), *options.pop("forbidden_token_ids", ()))
-    with _no_bars():
+    with quietly():
         model = MaskedDiffusion.from_pretrained(
             folder / "network",
             length,
@@ -86,15 +86,17 @@ def load_sequences(
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keeps transformers from showing how it reads a small file."""
+def quietly() -> Iterator[None]:
+    """Keeps transformers from showing how it reads a small file, and which packages it misses."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

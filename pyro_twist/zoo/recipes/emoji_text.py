@@ -18,6 +18,7 @@ trained to have the picture itself as its latents.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,13 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from pyro_twist.zoo.data import plain_prompt
 from pyro_twist.zoo.recipes.emoji import make_scheduler
 from pyro_twist.zoo.recipes.emoji_data import EmojiData, augment, load_archive
 from pyro_twist.zoo.recipes.training import Training, add_training_arguments
 
 WIDTH, LENGTH, VOCABULARY = 128, 12, 1600
 SIZE = 16
-
-
-def prompt_of(name: str) -> str:
-    """The name of an emoji as one would type it."""
-    return " ".join(name.lower().replace("-", " ").replace(":", "").split())
 
 
 def make_tokenizer(prompts: list[str], folder: Path) -> CLIPTokenizer:
@@ -213,6 +210,10 @@ def export(training: TextTraining, tokenizer: CLIPTokenizer, vae: AutoencoderKL,
     )
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
     (out / "training_log.jsonl").write_text(training.log_path.read_text())
+    for name in ("vocab.json", "merges.txt"):  # older releases of transformers read these
+        shutil.copy(training.options.work / "tokenizer" / name, out / "tokenizer" / name)
+    for path in out.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def main() -> None:
@@ -228,7 +229,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     everything = load_archive(options.data)
     data = everything.subset(~everything.held_out)
-    prompts = [prompt_of(name) for name in data.names]
+    prompts = [plain_prompt(name) for name in data.names]
     tokenizer = make_tokenizer(sorted(set(prompts)), options.work / "tokenizer")
     padded: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = tokenizer(prompts, **padded).input_ids
