@@ -84,7 +84,7 @@ class Tables:
             if runs:
                 value, agreed = _reference(rows, name)
                 found = ", ".join(f"{row['log_z']:.2f}" for row in runs)
-                verdict = "yes" if agreed else f"{len(runs)} runs" if len(runs) < 3 else "no"
+                verdict = "yes" if agreed else "too few" if len(runs) < 3 else "no"
                 body.append([name, str(runs[0]["size"]), found, number(value), verdict])
         if not body:
             return ""
