@@ -9,19 +9,21 @@ import csv
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from pyro_twist.align.folder import write_whole
 from pyro_twist.align.learned import save_twist
 from pyro_twist.align.methods import find_methods
-from pyro_twist.align.options import word
+from pyro_twist.align.options import AlignOptions, word
 from pyro_twist.align.outcome import Arm, Outcome, versions
+from pyro_twist.align.userrewards import code_of
 
-__all__ = ["save_arm", "save_results"]
+__all__ = ["options_as_dict", "save_arm", "save_results"]
 
 
 def save_arm(arm: Arm, outcome: Outcome) -> Path:
@@ -48,7 +50,7 @@ def save_arm(arm: Arm, outcome: Outcome) -> Path:
         "returns": arm.method.returns,
         "classes": outcome.labels,
         "scales": {strength.name: strength.scale for strength in outcome.strengths},
-        "command": outcome.options.command(),
+        "command": outcome.command,
     }
     path = folder / f"{arm.method.name}.npz"
     tensors = {"samples": outcome.domain.numbers(arm.samples), "weights": arm.weights}
@@ -84,7 +86,7 @@ def _told_of(arm: Arm, outcome: Outcome, p: int) -> list[dict[str, str]]:
         "steps": str(outcome.num_steps),
         "particles": str(outcome.options.particles),
         **lambdas,
-        "command": outcome.options.command(),
+        "command": outcome.command,
     }
     rewards = {f"reward:{name}": values[:, p].tolist() for name, values in arm.rewards.items()}
     weights = arm.weights[:, p].tolist()
@@ -124,24 +126,34 @@ def save_results(outcome: Outcome) -> Path:
     :returns: The file.
     """
     path = outcome.options.out / "results.json"
-    partial = path.with_suffix(".json.part")
     text = json.dumps(_finite(_as_dict(outcome)), indent=2, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_whole(path, text + "\n")
+
+
+def options_as_dict(options: AlignOptions) -> dict[str, Any]:
+    """
+    The options as ``results.json`` has them.
+
+    :param AlignOptions options: The options.
+    """
+    # not asdict, which copies the networks of rewards
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    for name in ("classes", "strengths", "scales"):
+        given[name] = list(given[name])
+    given["rewards"] = [word(reward) for reward in options.rewards]
+    given["methods"] = [method.name for method in find_methods(options.methods)]
+    return {**given, "out": str(options.out)}
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
-    options = {**asdict(outcome.options), "out": str(outcome.options.out)}
-    options["rewards"] = [word(reward) for reward in outcome.options.rewards]
-    options["methods"] = [method.name for method in find_methods(outcome.options.methods)]
     return {
-        "command": outcome.options.command(),
+        "command": outcome.command,
         "started": outcome.started,
         "seconds": round(outcome.seconds, 3),
         "finished": outcome.finished,
         "error": outcome.error or None,
-        "options": options,
+        "options": options_as_dict(outcome.options),
+        "reward_code": code_of(outcome.options.rewards),
         "model": {"name": outcome.domain.name, "description": outcome.domain.description},
         "classes": [label for label in outcome.labels if label],
         "steps": outcome.num_steps,

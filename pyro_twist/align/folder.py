@@ -8,13 +8,65 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pyro_twist.align.learned import KINDS
 from pyro_twist.align.options import OptionError
 
-__all__ = ["prepare_folder"]
+__all__ = ["alone_in", "prepare_folder", "write_whole"]
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """
+    Writes a file that is there as a whole or not at all, also if the process is killed.
+
+    :param ~pathlib.Path path: The file; what is there is replaced.
+    :param content: Text, or bytes.
+    :returns: The file.
+    """
+    # hidden, so that one that is left behind is nobody else's file
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    return partial.replace(path)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """
+    Keeps other processes out of a folder, where the operating system can do that.
+
+    :param ~pathlib.Path folder: The folder; made if it is not there.
+    :raises OptionError: If another process is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / ".running"
+    with mark.open("w") as file:
+        if not _locked(file):
+            raise OptionError(
+                f"another process is writing to {str(folder)!r}; wait for it, or give another --out"
+            )
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+            # if nothing has come of it
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _locked(file: Any) -> bool:
+    """Locks a file until it is closed or the process ends; ``False`` if another one has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # systems and file systems without locks
+        pass
+    return True
 
 
 def prepare_folder(folder: Path) -> None:
@@ -65,7 +117,7 @@ def _own_results(folder: Path) -> dict[str, Any] | None:
 
 def _artefacts(folder: Path, found: dict[str, Any]) -> Iterator[Path]:
     """The files of that run, the mark that they are ours last."""
-    own = ("report.html", "grid.png", "rewards.png", "twist.safetensors", "results.json.part")
+    own = ("report.html", "grid.png", "rewards.png", "twist.safetensors")
     for name in own:
         yield folder / name
     for method in map(str, found["options"]["methods"]):

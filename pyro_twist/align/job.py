@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +112,8 @@ def run(
     progress: Progress | None = None,
     save: bool = True,
     domain: Domain | None = None,
+    told_out: Path | None = None,
+    begun: Callable[[], Any] | None = None,
 ) -> Outcome:
     """
     Runs the job.
@@ -121,11 +124,19 @@ def run(
         as soon as it has finished.
     :param Domain domain: The model and its surroundings, if they are at hand: several jobs then
         share what is loaded. By default that of ``options.model``.
+    :param ~pathlib.Path told_out: The ``--out`` of the command that does the same, where it is not
+        ``options.out``.
+    :param callable begun: Is called when the options have been found to be possible, before
+        anything is computed or replaced.
     :returns: What was found; :func:`~pyro_twist.align.write_report` makes pictures of it.
     :raises OptionError: If an option cannot be, before anything is computed.
     :raises AlignmentFailed: If a reward fails half-way; it has what was found before.
     """
     job = _Job(options, progress or Progress(), save, domain)
+    if told_out is not None:
+        job.outcome.command = replace(job.options, out=told_out).command()
+    if begun is not None:
+        begun()
     if save:
         prepare_folder(options.out)
     return job.run()
@@ -168,6 +179,7 @@ class _Job:
         _check_methods(self.methods, tilted, self.domain)
         steps, facts = len(self.model.timesteps), self.domain.facts(options, self.model)
         self.outcome = Outcome(options, self.domain, names, self.indices, steps, facts)
+        self.outcome.command = options.command()
         self.outcome.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.doing = ""
 

@@ -37,6 +37,21 @@ __all__ = [
     "twist_file",
 ]
 
+_OF_THE_MODEL = (
+    "classes",
+    "guidance",
+    "steps",
+    "scheduler",
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "lookahead_decoder",
+    "chunk_size",
+    "device",
+    "dtype",
+)
+
 #: The pictures that there may be; a file's name is that and the method's.
 KINDS = ("push", "twist", "iterations")
 
@@ -257,6 +272,6 @@ def _options(outcome: Outcome) -> Iterator[tuple[str, Any]]:
     yield "model", given.model
     yield "rewards", tuple(map(word, given.rewards))
     yield "scales", tuple(strength.scale for strength in outcome.strengths)
-    for name in ("classes", "guidance", "steps", "scheduler", "prompt", "chunk_size"):
+    for name in _OF_THE_MODEL:
         if getattr(given, name) != getattr(usual, name):
             yield name, getattr(given, name)

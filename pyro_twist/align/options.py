@@ -223,5 +223,6 @@ def word(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     if callable(value):
-        return f"{getattr(value, '__module__', '?')}:{getattr(value, '__name__', 'reward')}"
+        name = getattr(value, "__name__", None) or getattr(value, "name", "reward")
+        return f"{getattr(value, '__module__', '?')}:{name}"
     return str(value)

@@ -188,6 +188,7 @@ class Outcome:
     :param float seconds: What the whole job took.
     :param str started: When it began.
     :param bool finished: Whether it has ended, be it early.
+    :param str command: The command line that does the same.
     """
 
     options: AlignOptions
@@ -205,6 +206,7 @@ class Outcome:
     seconds: float = 0.0
     started: str = ""
     finished: bool = False
+    command: str = ""
 
     def arm(self, name: str) -> Arm:
         """

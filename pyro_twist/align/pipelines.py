@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
+from torch.nn import Module
 
 from pyro_twist.align.domains import Judgement
-from pyro_twist.align.loading import find_device, load_pipeline, make_scheduler
-from pyro_twist.align.options import AlignOptions, OptionError, unknown
+from pyro_twist.align.loading import find_device, find_dtype, load_pipeline, make_scheduler
+from pyro_twist.align.options import AlignOptions, OptionError, unknown, word
 from pyro_twist.align.pictures import Pictures
 from pyro_twist.align.rewardoptions import image_reward_of, parse_options
 
@@ -80,7 +81,8 @@ class PipelineImages(Pictures):
     @property
     def pipe(self) -> Any:
         """The pipeline."""
-        return self._once("pipe", lambda: self.read(self._options))
+        key = f"pipe {find_device(self._options)} {find_dtype(self._options)}"
+        return self._once(key, lambda: self.read(self._options))
 
     def _once(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self._loaded:
@@ -171,7 +173,7 @@ class PipelineImages(Pictures):
             return image_reward_of(name, argument)
         if name not in preference_rewards():
             raise unknown("reward", name, self.rewards())
-        key = f"reward {name}:{argument}"
+        key = f"reward {name}:{argument} {find_device(self._options)}"
         shared = self._once(key, lambda: self._preference(name, argument))
         reward = self.for_prompt(shared)
         reward.name = f"{name}:{argument}" if argument else name
@@ -202,7 +204,8 @@ class PipelineImages(Pictures):
         """The decoder of look-aheads, if there is one."""
         if options.lookahead_decoder is None:
             return {}
-        return {"lookahead_decoder": self._once("decoder", self._tiny_decoder)}
+        key = f"decoder {options.lookahead_decoder} {find_device(options)}"
+        return {"lookahead_decoder": self._once(key, self._tiny_decoder)}
 
     def _tiny_decoder(self) -> Any:
         from pyro_twist.rewards.preference import TinyDecoder
@@ -220,9 +223,17 @@ class PipelineImages(Pictures):
     def _judge(self) -> Reward | None:
         from pyro_twist.align.userrewards import make_rewards
 
-        if self._options.judge is None:
+        given = self._options.judge
+        if given is None:
             return None
-        return next(iter(make_rewards(self, [self._options.judge]).values()))
+        if given.strip() in (word(reward) for reward in self._options.rewards):
+            raise OptionError(
+                f"--judge {given}: it is a --reward too, so that it judges itself; name another"
+            )
+        try:
+            return next(iter(make_rewards(self, [given]).values()))
+        except OptionError as error:
+            raise OptionError(str(error).replace("--reward", "--judge", 1)) from None
 
     def judge(self, samples: Tensor, label: int | None) -> Judgement | None:
         """
@@ -285,7 +296,12 @@ class ZooPipeline(PipelineImages):
         """Loads the pipeline from the files of the package."""
         from pyro_twist import zoo
 
-        return zoo.pipeline(self.name).to(find_device(options))
+        pipe = zoo.pipeline(self.name).to(find_device(options))
+        for network in pipe.components.values():
+            if isinstance(network, Module):
+                # not the method of diffusers, which warns of parts that these networks lack
+                Module.to(network, find_dtype(options))
+        return pipe
 
     def _guidance(self, options: AlignOptions) -> float | None:
         return self._entry.guidance_scale if options.guidance is None else options.guidance
@@ -307,10 +323,13 @@ class ZooPipeline(PipelineImages):
             return super().reward(name, argument)
         from pyro_twist import zoo
 
-        wanted = argument or self.prompt
+        wanted = argument or (self.prompt or "").strip()
         if not wanted:
             raise OptionError("--reward fidelity: needs a --prompt, or one of its own behind ':'")
-        shared = self._once("scorer", lambda: zoo.scorer(self.name, prompt=wanted))
+        device = find_device(self._options)
+        shared = self._once(
+            f"scorer {device}", lambda: zoo.scorer(self.name, prompt=wanted, device=device)
+        )
         reward: Reward = shared.with_prompt(wanted)
         reward.name = f"fidelity:{argument}" if argument else "fidelity"
         return reward
@@ -322,12 +341,18 @@ class ZooPipeline(PipelineImages):
         :param torch.Tensor samples: Images in [0, 1] of shape ``(B, C, H, W)``.
         :param int label: Not used.
         """
-        if self._options.judge is not None or not self.prompt:
+        if not self._has_own_judge:
             return super().judge(samples, label)
-        judge = self._once("judge", self._own_judge)
+        assert self.prompt is not None
+        judge = self._once(f"judge {samples.device}", lambda: self._own_judge().to(samples.device))
         rank = judge.rank(samples, self.prompt).double()
         probability = judge.probability(samples, self.prompt).double()
         return Judgement(probability, {"rank": rank, "first": (rank == 1).double()})
+
+    @property
+    def _has_own_judge(self) -> bool:
+        """Whether there is something to judge by, and no other judge is wanted."""
+        return self._options.judge is None and bool((self.prompt or "").strip())
 
     def _own_judge(self) -> Any:
         from pyro_twist import zoo
@@ -336,7 +361,7 @@ class ZooPipeline(PipelineImages):
 
     def judge_explained(self, with_class: bool) -> str:
         """What the judge's score is."""
-        if self._options.judge is not None or not self.prompt:
+        if not self._has_own_judge:
             return super().judge_explained(with_class)
         return (
             "Mean probability that the judge, a network that no reward uses, gives to the prompt "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pyro_twist.align.files import save_results
-from pyro_twist.align.folder import prepare_folder
+from pyro_twist.align.folder import prepare_folder, write_whole
 from pyro_twist.align.learned import learned_pictures, learned_section
 from pyro_twist.align.outcome import Arm, Outcome, Strength, rows_of, versions
 from pyro_twist.align.shown import Shown, ShownRow, ShownSection
@@ -34,6 +34,8 @@ from pyro_twist.weights import effective_sample_size
 __all__ = ["draw_rewards", "show_samples", "strength_sentences", "write_report"]
 
 SHOWN = 8
+# From so many samples on, a standard deviation is known to a tenth.
+WELL_KNOWN = 50
 
 _STEPS_TEXT = (
     "By step: the effective sample size before resampling; what the step adds to log Z; and who "
@@ -60,9 +62,7 @@ def write_report(outcome: Outcome) -> Path:
     files = {f"{name}.png": figure.content for name, figure in pictures.items()}
     for name, content in {**files, **shown.files}.items():
         (folder / name).write_bytes(content)
-    path = folder / "report.html"
-    path.write_text(_page(outcome, pictures, shown.parts).to_html(), encoding="utf-8")
-    return path
+    return write_whole(folder / "report.html", _page(outcome, pictures, shown.parts).to_html())
 
 
 def _pictures(outcome: Outcome) -> dict[str, Figure]:
@@ -221,7 +221,7 @@ def _page(outcome: Outcome, pictures: dict[str, Figure], samples: Sequence[str |
         sections=[section for section in sections if section.parts],
         warning=_warning(outcome),
         footer=_footer(outcome),
-        code=outcome.options.command(),
+        code=outcome.command,
     )
 
 
@@ -326,9 +326,9 @@ def _strength_sentence(strength: Strength, within: bool) -> str:
             text += f" {_measured(strength, within)}, so that this is {this}."
         return text
     return (
-        f"{lead} = {strength.strength:g} / {strength.sd:.3g}. {_measured(strength, within)}; were "
-        f"it normal, the tilt would move its mean by {strength.strength:g} sd (--strength). Set "
-        "lambda itself with --scale."
+        f"{lead} = {strength.strength:g} / {strength.sd:.3g}. {_measured(strength, within)}"
+        f"{_precision(strength)}; were it normal, the tilt would move its mean by "
+        f"{strength.strength:g} sd (--strength). Set lambda itself with --scale."
     )
 
 
@@ -341,6 +341,13 @@ def _measured(strength: Strength, within: bool) -> str:
         f"Under the model, measured {over}, the reward has mean {number(strength.mean)} and "
         f"standard deviation{classes} (sd) {strength.sd:.3g}"
     )
+
+
+def _precision(strength: Strength) -> str:
+    """How well a standard deviation from few samples is known, were the reward normal."""
+    if strength.allowed >= WELL_KNOWN:
+        return ""
+    return f", known to about {100 / (2 * max(1, strength.allowed - 1)) ** 0.5:.0f} %"
 
 
 def _severity(outcome: Outcome, base: Arm) -> str:

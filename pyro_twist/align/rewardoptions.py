@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def parse_options(name: str, argument: str, make: Callable[..., Any]) -> dict[st
     for part in re.split(rf",\s*(?=(?:{either})\s*=)", argument) if argument else ():
         key, equals, value = part.partition("=")
         if not equals or key.strip() not in parameters:
-            if options:
+            meant = difflib.get_close_matches(key.strip(), parameters, 1) if equals else []
+            if options or meant:
                 raise OptionError(f"--reward {name}: no option in {part!r}; they are: {known}")
             key, value = next(iter(parameters)), part
         options[key.strip()] = _python_value(value.strip())

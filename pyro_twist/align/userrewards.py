@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pyro_twist.align.domains import Domain
 from pyro_twist.align.options import OptionError
 from pyro_twist.rewards import Reward
 
-__all__ = ["load_function", "make_rewards"]
+__all__ = ["code_of", "load_function", "make_rewards"]
 
 
 def make_rewards(domain: Domain, given: Sequence[str | Callable[..., Any]]) -> dict[str, Reward]:
@@ -40,7 +41,7 @@ def make_rewards(domain: Domain, given: Sequence[str | Callable[..., Any]]) -> d
 
 def _make(domain: Domain, given: str | Callable[..., Any]) -> Reward:
     if isinstance(given, Reward):
-        return domain.for_prompt(given) if hasattr(domain, "for_prompt") else given
+        return _for_prompt(given, domain)
     if not isinstance(given, str):
         return _wrapped(given, domain)
     name, colon, argument = given.strip().partition(":")
@@ -48,6 +49,16 @@ def _make(domain: Domain, given: str | Callable[..., Any]) -> Reward:
         return domain.reward(name.strip(), argument.strip())
     function = load_function(given)
     return _make(domain, function)
+
+
+def _for_prompt(given: Reward, domain: Domain) -> Reward:
+    """The reward for the prompt of the job; its name is the same for every prompt."""
+    if not hasattr(domain, "for_prompt"):
+        return given
+    reward: Reward = domain.for_prompt(given)
+    if reward is not given:
+        reward.name = getattr(reward, "title", reward.name)
+    return reward
 
 
 def _wrapped(function: Callable[..., Any], domain: Domain) -> Reward:
@@ -74,6 +85,37 @@ def _prompt_for(function: Callable[..., Any], domain: Domain) -> dict[str, Any]:
     except (TypeError, ValueError):  # some callables have no signature
         takes = False
     return {"prompt": getattr(domain, "prompt", None)} if takes else {}
+
+
+def code_of(given: Sequence[str | Callable[..., Any]]) -> list[str | None]:
+    """
+    Checksums of the code of functions of the user's own, which tell that one has changed.
+
+    :param given: What the user asked for.
+    :returns: For each reward; ``None`` for those that are named, and where no code is to be had.
+    """
+    return [_checksum(one) for one in given]
+
+
+def _checksum(given: str | Callable[..., Any]) -> str | None:
+    try:
+        code = _code(given)
+    except (ImportError, OSError, TypeError, ValueError):
+        return None
+    return None if code is None else f"{zlib.crc32(code):08x}"
+
+
+def _code(given: str | Callable[..., Any]) -> bytes | None:
+    if isinstance(given, Reward):
+        return None
+    if not isinstance(given, str):
+        return inspect.getsource(given).encode()
+    place = given.strip().rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place).read_bytes()
+    _look_here()
+    found = importlib.util.find_spec(place) if place else None
+    return Path(found.origin).read_bytes() if found and found.origin else None
 
 
 def load_function(path: str) -> Any:
@@ -118,11 +160,15 @@ def _load_module(path: str, place: str) -> Any:
 
 
 def _from_name(place: str) -> Any:
-    # An installed command, unlike `python -m`, does not look in the current folder.
+    _look_here()
+    return importlib.import_module(place)
+
+
+def _look_here() -> None:
+    """An installed command, unlike ``python -m``, does not look in the current folder."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    return importlib.import_module(place)
 
 
 def _from_file(file: Path) -> Any:

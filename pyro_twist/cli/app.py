@@ -145,7 +145,8 @@ def align(
             "--strength",
             metavar="SD",
             help="How far to tilt: lambda is this many over the standard deviation of the reward "
-            "under the model, measured on 64 samples or more. Once, or once for each reward.",
+            "under the model, measured on 64 samples or more, of a pipeline on 16 of each prompt. "
+            "Once, or once for each reward.",
             show_default="3",
             rich_help_panel=WHAT,
         ),

@@ -38,7 +38,7 @@ class Ensemble(ImageScore):
         **options: Any,
     ) -> None:
         self.rewards, self.weights, self.reduce = tuple(rewards), tuple(weights), reduce
-        options.setdefault("name", f"{reduce} of {', '.join(one.name for one in self.rewards)}")
+        options.setdefault("name", self._named_by("name"))
         sizes = [one.chunk_size for one in self.rewards if one.chunk_size is not None]
         options.setdefault("chunk_size", min(sizes, default=None))
         options.setdefault("input", _common_input(self.rewards))
@@ -58,8 +58,16 @@ class Ensemble(ImageScore):
         other.rewards = tuple(
             one.with_prompt(prompt) if hasattr(one, "with_prompt") else one for one in self.rewards
         )
-        other.name = f"{self.reduce} of {', '.join(one.name for one in other.rewards)}"
+        other.name = other._named_by("name")
         return other
+
+    @property
+    def title(self) -> str:
+        """What the ensemble is called, without prompts."""
+        return self._named_by("title")
+
+    def _named_by(self, by: str) -> str:
+        return f"{self.reduce} of {', '.join(getattr(one, by, one.name) for one in self.rewards)}"
 
     def _values(self, samples: Any) -> Tensor:
         weighted = [
