@@ -13,12 +13,13 @@ This is what the command ``pyro-twist align`` runs, without the command line::
     align.write_report(outcome)
 """
 
-from pyro_twist.align.domains import Domain, Judgement, domains, find_domain
+from pyro_twist.align.domains import Domain, Judgement, ShippedDomain, domains, find_domain
 from pyro_twist.align.images import ZooImages
 from pyro_twist.align.job import AlignmentFailed, Progress, run, tilted_model
 from pyro_twist.align.methods import Method, Setting, default_methods, methods, register_method
 from pyro_twist.align.options import AlignOptions, OptionError
 from pyro_twist.align.outcome import Arm, Outcome, Score, Strength
+from pyro_twist.align.pictures import Pictures
 from pyro_twist.align.pipelines import PipelineImages
 from pyro_twist.align.prompts import PromptResult, run_prompts
 from pyro_twist.align.report import write_report
@@ -34,11 +35,13 @@ __all__ = [
     "Method",
     "OptionError",
     "Outcome",
+    "Pictures",
     "PipelineImages",
     "Progress",
     "PromptResult",
     "Score",
     "Setting",
+    "ShippedDomain",
     "Shown",
     "ShownRow",
     "ShownSection",
