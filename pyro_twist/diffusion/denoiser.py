@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pyro_twist.diffusion.chunks import Chunks, checkpointed
 
-__all__ = ["BatchedDenoiser"]
+__all__ = ["BatchedDenoiser", "Rows"]
 
 
 class BatchedDenoiser:
@@ -122,12 +123,12 @@ class BatchedDenoiser:
             )
         null = self._expand({**given, **self.null_conditioning}, batch_shape)
         both = {
-            name: torch.cat([null[name], value]) if isinstance(value, Tensor) else value
+            name: null[name].joined(value) if isinstance(value, Rows) else value
             for name, value in self._expand(given, batch_shape).items()
         }
         output = self._evaluate(torch.cat([rows, rows]), timestep, both)
         unconditional, conditional = output.chunk(2)
-        weight = self._expand({"guidance_scale": _as_tensor(scale)}, batch_shape)["guidance_scale"]
+        weight = self._expand_one("guidance_scale", _as_tensor(scale), batch_shape).all()
         weight = weight.to(output).reshape((-1,) + (1,) * len(self.event_shape))
         channels = self.event_shape[0]
         guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], weight)
@@ -145,7 +146,7 @@ class BatchedDenoiser:
         split = value.dim() - self.event_dims.get(name, 0)
         event = value.shape[split:]
         try:
-            return value.expand(batch_shape + event).reshape((-1,) + event)
+            return Rows.of(value, split, batch_shape)
         except RuntimeError as error:
             raise ValueError(
                 f"conditioning '{name}' of shape {tuple(value.shape)} with {len(event)} event "
@@ -159,8 +160,9 @@ class BatchedDenoiser:
 
         def evaluate(part: slice) -> Tensor:
             if part == slice(0, len(rows)):
-                return self._call(rows, timestep, conditioning)
-            some = {k: v[part] if isinstance(v, Tensor) else v for k, v in conditioning.items()}
+                every = {k: v.all() if isinstance(v, Rows) else v for k, v in conditioning.items()}
+                return self._call(rows, timestep, every)
+            some = {k: v[part] if isinstance(v, Rows) else v for k, v in conditioning.items()}
             return checkpointed(self._call, rows[part], timestep, some)
 
         return self._chunks(evaluate, len(rows))
@@ -190,6 +192,57 @@ class BatchedDenoiser:
         parameters = (p for p in self.network.parameters() if p.is_floating_point())
         first = next(parameters, None)
         return None if first is None else (first.device, first.dtype)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """
+    An entry for each row, where equal ones are kept once: embeddings of texts take megabytes each.
+
+    :param Tensor entries: The entries.
+    :param Tensor index: Which of them each row has, of shape ``(rows,)``.
+    :param bool one_each: Whether they are the rows as they are.
+    """
+
+    entries: Tensor
+    index: Tensor
+    one_each: bool = False
+
+    @staticmethod
+    def of(value: Tensor, split: int, batch_shape: torch.Size) -> Rows:
+        """
+        Broadcasts a tensor to a batch.
+
+        :param Tensor value: The tensor.
+        :param int split: The number of its batch dims.
+        :param batch_shape: The batch.
+        """
+        own, event = value.shape[:split], value.shape[split:]
+        entries = value.reshape((-1,) + event)
+        index = torch.arange(len(entries), device=value.device).reshape(own)
+        index = index.expand(batch_shape).reshape(-1)
+        return Rows(entries, index, len(index) == len(entries))
+
+    def joined(self, other: Rows) -> Rows:
+        """These rows, then others."""
+        index = torch.cat([self.index, other.index + len(self.entries)])
+        entries = torch.cat([self.entries, other.entries])
+        return Rows(entries, index, self.one_each and other.one_each)
+
+    def at(self, index: Tensor) -> Rows:
+        """
+        Some of these rows.
+
+        :param Tensor index: Which.
+        """
+        return Rows(self.entries, self.index[index])
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.entries[self.index[part]]
+
+    def all(self) -> Tensor:
+        """All rows; without a copy where none is there twice."""
+        return self.entries if self.one_each else self.entries[self.index]
 
 
 def _as_tensor(value: Any) -> Any:

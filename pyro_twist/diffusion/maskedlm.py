@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_twist.diffusion.denoiser import BatchedDenoiser
+from pyro_twist.diffusion.denoiser import BatchedDenoiser, Rows
 from pyro_twist.positions import num_positions
 
 __all__ = ["OutputLayerError", "SplitNetwork", "TokenDenoiser", "load_masked_lm", "split_network"]
@@ -170,7 +170,7 @@ class TokenDenoiser(BatchedDenoiser):
         """
         given = {name: state.get(name, value) for name, value in self.conditioning.items()}
         inputs = {
-            name: value[index] if isinstance(value, Tensor) else value
+            name: value.at(index) if isinstance(value, Rows) else value
             for name, value in self._expand(given, tokens.shape[:-1]).items()
         }
         rows = tokens.reshape((-1,) + self.event_shape)[index]

@@ -1167,3 +1167,29 @@ def test_networks_that_are_not_understood() -> None:
     pipe.text_encoder_3.train()
     with pytest.raises(ValueError, match="training mode"):
         made(pipe, "a cat", eta=1.0)
+
+
+def test_chunks_bound_what_prompts_are_encoded_to() -> None:
+    """Embeddings are kept once for each prompt; a call is given those of its rows, no more."""
+    pipe = pipe_of("sd")
+    seen: list[int] = []
+    model = GaussianDiffusion.from_pipeline(
+        pipe, ["a blue cat", "a red fox"], num_inference_steps=3, chunk_size=3, eta=1.0
+    )
+    inner, expanded = model.denoiser._call, model.denoiser._expand
+    entries: list[int] = []
+
+    def call(rows: Tensor, timestep: float, conditioning: dict[str, Any]) -> Tensor:
+        seen.append(len(conditioning["encoder_hidden_states"]))
+        return inner(rows, timestep, conditioning)
+
+    def expand(values: Any, batch_shape: Any) -> dict[str, Any]:
+        found = expanded(values, batch_shape)
+        entries.append(len(found["encoder_hidden_states"].entries))
+        return found
+
+    model.denoiser._call, model.denoiser._expand = call, expand  # type: ignore[method-assign]
+    with torch.no_grad(), pyro.plate("particles", 4, dim=-2):
+        model.init({})
+    assert sum(seen) == 16 and max(seen) == 3
+    assert set(entries) == {2}
